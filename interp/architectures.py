@@ -1,0 +1,465 @@
+"""Where each family of transformers keeps its layers, projections, norms and head: one table.
+
+A `Family` is a row of that table: dotted paths, relative to the Hugging Face module or to one of its layers. An
+`Architecture` is a row applied to a loaded module; everything else in interp reads modules and weights through it.
+
+    layers[l] ── attention ── o_proj          site "pattern": attention weights   (batch, head, query, key)
+       │             └─────────────────────── site "z": input of o_proj           (batch, position, head · d_head)
+       ├── pre_mlp_norm                       site "attn_out": attention's output (batch, position, d_model)
+       └── up, gate ── product ── down        sites "up", "gate", "hidden"        (batch, position, d_mlp)
+                                              site "mlp_out": output of down      (batch, position, d_model)
+    sites "resid_pre", "resid_post": a layer's input and output; site "logits": the head's output
+
+Weights are handed out as `(d_mlp, d_model)`, one row per neuron, also where a family fuses gate and up in one matrix
+(Phi-3) or stores the transpose (GPT-2's Conv1D). Register a family of your own with `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp.errors import InputError, ModelError
+
+NEURON_SITES = ("up", "gate", "hidden")
+LAYER_SITES = ("resid_pre", "resid_post", "attn_out", "pattern", "z", *NEURON_SITES, "mlp_out")
+SITES = (*LAYER_SITES, "logits")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family names its parts.
+
+    Attributes:
+        name: the family's name in messages.
+        model_types: values of `config.model_type` that belong to it.
+        layers, final_norm, head, embedding: dotted paths from the module; the first that exists is used.
+        attention, o_proj, up, gate, down, pre_mlp_norm: dotted paths from a layer; `None` where there is none.
+        fused: gate and up are one matrix, rows `[gate; up]`; `up` and `gate` then name the same module.
+        transposed: weights are stored `(in, out)` as in GPT-2's Conv1D.
+        norm: "rms" or "layer".
+        norm_offset: what is added to a norm's weight to give its gain (1 for Gemma).
+        decoder: False for encoders such as BERT, which have attention sites and neurons but no causal LM head.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: tuple[str, ...] = ("model.layers", "layers")
+    final_norm: tuple[str, ...] = ("model.norm", "norm")
+    head: tuple[str, ...] = ("lm_head",)
+    embedding: tuple[str, ...] = ("model.embed_tokens", "embed_tokens")
+    attention: str = "self_attn"
+    o_proj: str = "self_attn.o_proj"
+    up: str = "mlp.up_proj"
+    gate: str | None = "mlp.gate_proj"
+    down: str = "mlp.down_proj"
+    pre_mlp_norm: str | None = "post_attention_layernorm"
+    fused: bool = False
+    transposed: bool = False
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    decoder: bool = True
+
+
+_GEMMA = {
+    "pre_mlp_norm": "pre_feedforward_layernorm",
+    "norm_offset": 1.0,
+    "layers": ("model.layers", "model.language_model.layers", "layers", "language_model.layers"),
+    "final_norm": ("model.norm", "model.language_model.norm", "norm", "language_model.norm"),
+    "embedding": ("model.embed_tokens", "model.language_model.embed_tokens", "embed_tokens"),
+}
+_BERT = {
+    "layers": ("bert.encoder.layer", "roberta.encoder.layer", "electra.encoder.layer", "encoder.layer"),
+    "final_norm": (),
+    "head": ("cls.predictions.decoder", "lm_head.decoder"),
+    "embedding": tuple(f"{p}embeddings.word_embeddings" for p in ("bert.", "roberta.", "electra.", "")),
+    "attention": "attention.self",
+    "o_proj": "attention.output.dense",
+    "up": "intermediate.dense",
+    "gate": None,
+    "down": "output.dense",
+    "pre_mlp_norm": None,
+    "norm": "layer",
+    "decoder": False,
+}
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a family, or replace one, for every `config.model_type` that it names.
+
+    Args:
+        family: the row to add. Paths are checked when a model of the family is loaded.
+
+    Raises:
+        InputError: `family` names no model type, or its norm is neither "rms" nor "layer".
+
+    Example:
+        >>> register(Family(name="My Llama", model_types=("my_llama",)))
+        >>> FAMILIES.pop("my_llama").name
+        'My Llama'
+    """
+    if not family.model_types:
+        raise InputError(f"family {family.name!r} names no model_type; give at least one, as in config.model_type")
+    if family.norm not in ("rms", "layer"):
+        raise InputError(f"family {family.name!r} has norm={family.norm!r}; expected 'rms' or 'layer'")
+    for model_type in family.model_types:
+        FAMILIES[model_type] = family
+
+
+for _family in (
+    Family("Llama", ("llama",)),
+    Family("Mistral", ("mistral",)),
+    Family("Qwen2", ("qwen2",)),
+    Family("Qwen3", ("qwen3",)),
+    Family("Gemma", ("gemma",), norm_offset=1.0),
+    Family("Gemma 2", ("gemma2",), **_GEMMA),  # type: ignore[arg-type]
+    Family("Gemma 3", ("gemma3_text", "gemma3"), **_GEMMA),  # type: ignore[arg-type]
+    # OLMo 2 normalises what attention and MLP write, not what they read.
+    Family("OLMo 2", ("olmo2", "olmo3"), pre_mlp_norm=None),
+    Family("Phi-3", ("phi3",), up="mlp.gate_up_proj", gate="mlp.gate_up_proj", fused=True),
+    Family(
+        "GPT-2",
+        ("gpt2",),
+        layers=("transformer.h", "h"),
+        final_norm=("transformer.ln_f", "ln_f"),
+        embedding=("transformer.wte", "wte"),
+        attention="attn",
+        o_proj="attn.c_proj",
+        up="mlp.c_fc",
+        gate=None,
+        down="mlp.c_proj",
+        pre_mlp_norm="ln_2",
+        transposed=True,
+        norm="layer",
+    ),
+    Family(
+        "GPT-NeoX",
+        ("gpt_neox",),
+        layers=("gpt_neox.layers", "layers"),
+        final_norm=("gpt_neox.final_layer_norm", "final_layer_norm"),
+        head=("lm_head", "embed_out"),
+        embedding=("gpt_neox.embed_in", "embed_in"),
+        attention="attention",
+        o_proj="attention.dense",
+        up="mlp.dense_h_to_4h",
+        gate=None,
+        down="mlp.dense_4h_to_h",
+        norm="layer",
+    ),
+    Family("BERT", ("bert", "roberta", "electra", "xlm-roberta"), **_BERT),  # type: ignore[arg-type]
+):
+    register(_family)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a Hugging Face config.
+
+    Raises:
+        ModelError: the model is a mixture of experts, or its `model_type` is not in the table.
+    """
+    text = text_config(config)
+    model_type = getattr(text, "model_type", None)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        experts = getattr(text, name, None)
+        if isinstance(experts, int) and experts > 1:
+            raise ModelError(
+                f"{model_type!r} is a mixture of {experts} experts ({name}={experts}): its neurons belong to experts, "
+                f"which interp does not support; use a dense model"
+            )
+    family = FAMILIES.get(str(model_type)) or FAMILIES.get(str(getattr(config, "model_type", None)))
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(
+            f"unknown model_type {model_type!r}; known: {known}. To add it: interp.architectures.register("
+            f'Family(name=…, model_types=("{model_type}",), layers=(…), up=…, gate=…, down=…, …))'
+        )
+    return family
+
+
+def text_config(config: Any) -> Any:
+    """The language part of a config: itself, or what a multimodal config nests."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor inside the model that probes read and interventions change.
+
+    Attributes:
+        name: one of `SITES`.
+        layer: 0-based layer; -1 for "logits".
+        module: the module whose call carries the tensor.
+        side: "input" (first positional argument) or "output".
+        index: which element of a tuple output; `None` if the output is the tensor itself or its first element.
+        columns: the part of the last dimension, where a family fuses several projections in one.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    side: str
+    index: int | None = None
+    columns: slice | None = None
+
+    def attach(self, visit: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
+        """Call `visit(tensor)` whenever the module runs; a returned tensor takes the tensor's place."""
+        if self.side == "input":
+
+            def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+                name = None if args else next(iter(kwargs))
+                new = visit(args[0] if name is None else kwargs[name])
+                if new is None:
+                    return None
+                return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
+
+            return self.module.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            whole = output[self.index or 0] if isinstance(output, tuple) else output
+            if whole is None:
+                raise ModelError(
+                    f"{type(module).__name__} of layer {self.layer} gave no attention weights: the model runs with a "
+                    f"fused attention; load it with attention='eager'"
+                )
+            tensor = whole if self.columns is None else whole[..., self.columns]
+            new = visit(tensor)
+            if new is None or new is tensor:  # a slice that was changed in place changed `whole`
+                return None
+            if self.columns is not None:
+                whole = whole.clone()
+                whole[..., self.columns] = new
+                new = whole
+            if isinstance(output, tuple):
+                at = self.index or 0
+                return (*output[:at], new, *output[at + 1 :])
+            return new
+
+        return self.module.register_forward_hook(after)
+
+
+class Architecture:
+    """A family's table row applied to one loaded module.
+
+    Attributes:
+        family: the row.
+        n_layers, d_model, d_mlp, n_heads, n_kv_heads, d_head, vocab_size, n_positions: sizes; `n_positions` is the
+            longest context, or `None` where the config states none.
+    """
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf = hf
+        self.config = text_config(hf.config)
+        self.family = family_of(hf.config)
+        self._layers = self._first(self.family.layers)
+        if self._layers is None:
+            raise ModelError(
+                f"{type(hf).__name__} has none of {self.family.layers}; a {self.family.name} model keeps its layers there"
+            )
+        self.n_layers = len(self._layers)
+        self.d_model = int(self.config.hidden_size)
+        self.n_heads = int(self.config.num_attention_heads)
+        self.n_kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
+        self.d_head = int(getattr(self.config, "head_dim", None) or self.d_model // self.n_heads)
+        self.d_mlp = self._d_mlp()
+        self.vocab_size = int(self.embedding().weight.shape[0])
+        positions = getattr(self.config, "max_position_embeddings", None)
+        self.n_positions = int(positions) if positions else None
+
+    def _d_mlp(self) -> int:
+        width = getattr(self.config, "intermediate_size", None) or getattr(self.config, "n_inner", None)
+        return int(width or 4 * self.d_model)
+
+    def _first(self, paths: tuple[str, ...], root: nn.Module | None = None) -> Any:
+        for path in paths:
+            module: Any = root or self.hf
+            for part in path.split("."):
+                module = getattr(module, part, None)
+                if module is None:
+                    break
+            if module is not None:
+                return module
+        return None
+
+    def check_layer(self, layer: int) -> int:
+        """`layer` as a non-negative index; negative counts from the end.
+
+        Raises:
+            InputError: out of range.
+        """
+        if not -self.n_layers <= layer < self.n_layers:
+            raise InputError(f"layer {layer} is out of range: the model has {self.n_layers} layers (0 … {self.n_layers - 1})")
+        return layer % self.n_layers
+
+    def check_neuron(self, neuron: int) -> int:
+        """`neuron` as a non-negative index into d_mlp.
+
+        Raises:
+            InputError: out of range.
+        """
+        if not -self.d_mlp <= neuron < self.d_mlp:
+            raise InputError(f"neuron {neuron} is out of range: a layer has {self.d_mlp} neurons (0 … {self.d_mlp - 1})")
+        return neuron % self.d_mlp
+
+    def check_head(self, head: int) -> int:
+        """`head` as a non-negative index.
+
+        Raises:
+            InputError: out of range.
+        """
+        if not -self.n_heads <= head < self.n_heads:
+            raise InputError(f"head {head} is out of range: a layer has {self.n_heads} heads (0 … {self.n_heads - 1})")
+        return head % self.n_heads
+
+    # Modules
+
+    def layer(self, layer: int) -> nn.Module:
+        """Layer `layer`'s block."""
+        return self._layers[self.check_layer(layer)]
+
+    def _part(self, layer: int, path: str | None, what: str) -> Any:
+        if path is None:
+            raise InputError(f"{self.family.name} has no {what}")
+        module = self._first((path,), self.layer(layer))
+        if module is None:
+            raise ModelError(f"layer {layer} of {type(self.hf).__name__} has no {path!r} ({what})")
+        return module
+
+    def attention(self, layer: int) -> nn.Module:
+        """The module that returns `(attention output, pattern)`."""
+        return self._part(layer, self.family.attention, "attention")
+
+    def o_proj(self, layer: int) -> nn.Module:
+        """The attention's output projection."""
+        return self._part(layer, self.family.o_proj, "attention output projection")
+
+    def up_proj(self, layer: int) -> nn.Module:
+        """The up projection (of a fused family: the module that holds it)."""
+        return self._part(layer, self.family.up, "up projection")
+
+    def gate_proj(self, layer: int) -> nn.Module:
+        """The gate projection; families without a gate raise `InputError`."""
+        return self._part(layer, self.family.gate, "gate projection (its MLP is not gated; use 'up' or 'hidden')")
+
+    def down_proj(self, layer: int) -> nn.Module:
+        """The down projection."""
+        return self._part(layer, self.family.down, "down projection")
+
+    def final_norm(self) -> nn.Module | None:
+        """The norm before the LM head, `None` for encoders."""
+        return self._first(self.family.final_norm)
+
+    def pre_mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm whose output the MLP reads; `None` where the MLP reads the residual stream itself."""
+        return None if self.family.pre_mlp_norm is None else self._part(layer, self.family.pre_mlp_norm, "pre-MLP norm")
+
+    def lm_head(self) -> nn.Module:
+        """The LM head.
+
+        Raises:
+            ModelError: the module was loaded without one.
+        """
+        head = self._first(self.family.head)
+        if head is None:
+            raise ModelError(
+                f"{type(self.hf).__name__} has no LM head ({' or '.join(self.family.head)}); load the causal LM class, "
+                f"for example AutoModelForCausalLM"
+            )
+        return head
+
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        module = self._first(self.family.embedding)
+        if module is None:
+            raise ModelError(f"{type(self.hf).__name__} has none of {self.family.embedding} (token embedding)")
+        return module
+
+    # Weights: one row per neuron
+
+    def _rows(self, module: nn.Module, writes: bool = False) -> Tensor:
+        weight = stored_weight(module, "weight")
+        return weight if self.family.transposed == writes else weight.T
+
+    def up_weight(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Rows of the up projection: what each neuron reads."""
+        rows = self._rows(self.up_proj(layer))
+        return rows[self.d_mlp :] if self.family.fused else rows
+
+    def gate_weight(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Rows of the gate projection."""
+        rows = self._rows(self.gate_proj(layer))
+        return rows[: self.d_mlp] if self.family.fused else rows
+
+    def down_weight(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Columns of the down projection as rows: what each neuron writes."""
+        return self._rows(self.down_proj(layer), writes=True)
+
+    def head_weight(self) -> Float[Tensor, "vocab d_model"]:
+        """The LM head's matrix."""
+        return stored_weight(self.lm_head(), "weight")
+
+    def norm_gain(self, norm: nn.Module | None) -> Float[Tensor, " d_model"] | None:
+        """A norm's multiplicative gain in float32, or `None` for no norm."""
+        return None if norm is None else stored_weight(norm, "weight").float() + self.family.norm_offset
+
+    def norm_bias(self, norm: nn.Module | None) -> Float[Tensor, " d_model"] | None:
+        """A LayerNorm's bias in float32; `None` where there is none."""
+        if norm is None or getattr(norm, "bias", None) is None:
+            return None
+        return stored_weight(norm, "bias").float()
+
+    # Sites
+
+    def site(self, name: str, layer: int = -1) -> Site:
+        """Where `name` can be read and changed at `layer`.
+
+        Raises:
+            InputError: the name is unknown, the layer is out of range, or the family has no such site.
+        """
+        if name == "logits":
+            return Site(name, -1, self.lm_head(), "output")
+        if name not in LAYER_SITES:
+            raise InputError(f"unknown site {name!r}; expected one of {', '.join(SITES)}")
+        layer = self.check_layer(layer)
+        if name in ("resid_pre", "resid_post"):
+            return Site(name, layer, self.layer(layer), "input" if name == "resid_pre" else "output")
+        if name == "attn_out":
+            # BERT-like attention modules end before the output projection.
+            module = self.attention(layer) if self.family.decoder else self.o_proj(layer)
+            return Site(name, layer, module, "output", index=0)
+        if name == "pattern":
+            return Site(name, layer, self.attention(layer), "output", index=1)
+        if name == "z":
+            return Site(name, layer, self.o_proj(layer), "input")
+        if name == "hidden":
+            return Site(name, layer, self.down_proj(layer), "input")
+        if name == "mlp_out":
+            return Site(name, layer, self.down_proj(layer), "output")
+        module = self.up_proj(layer) if name == "up" else self.gate_proj(layer)
+        columns = None
+        if self.family.fused:
+            columns = slice(self.d_mlp, None) if name == "up" else slice(0, self.d_mlp)
+        return Site(name, layer, module, "output", columns=columns)
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor:
+    """A parameter's values, also where accelerate offloaded them to CPU or disk and left a meta tensor behind.
+
+    Raises:
+        ModelError: the parameter is on the meta device and no offloaded copy is known.
+    """
+    weight = getattr(module, name)
+    if not weight.is_meta:
+        return weight.detach()
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if weights is None:
+        raise ModelError(
+            f"{type(module).__name__}.{name} is on the meta device: it has a shape but no values; load the weights first"
+        )
+    return weights[name]

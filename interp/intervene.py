@@ -1,0 +1,322 @@
+"""Change what neurons and heads do while a model runs: in forward passes and in generation with a KV cache.
+
+1. An intervention (`Clamp`, `HeadAblation`) names a site, the columns of its last dimension, a mode and a value.
+2. `intervene` attaches plain torch hooks, one per site, for the length of a `with` block and always removes them, also
+   after an exception or Ctrl-C. Blocks nest: outer interventions act first.
+3. Where only some positions are meant, a hook on the decoder keeps track of which positions belong to the prompt.
+
+Interventions act in the thread (context) that entered the block and in no other, so that a second thread may use the same
+model unclamped. Values may differ per text: a whole dose sweep is one batch.
+
+Sites: "up" (output of the up projection, before the product with the activated gate), "gate" (before the activation),
+"hidden" (input of the down projection: the product).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.architectures import NEURON_SITES
+from interp.batching import current_rows
+from interp.errors import InputError
+from interp.model import Model
+
+MODES = ("set", "add", "scale", "zero")
+POSITIONS = ("all", "prompt", "generated", "last")
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Set, shift, scale or zero one neuron, or several of a layer.
+
+    Attributes:
+        layer: 0-based; negative counts from the end.
+        neuron: index into d_mlp, or several.
+        value: what is set, added or multiplied by, in units of the activation; one number, or one per text of the
+            batch (one per entry of `rows` where that is given). Ignored by "zero".
+        site: "up", "gate" or "hidden".
+        mode: "set", "add", "scale" or "zero".
+        positions: "all" (prompt and generated), "prompt", "generated", or "last": the prompt's last token, from which
+            the first new token is predicted.
+        rows: the texts it applies to, by index; `None` for all.
+    """
+
+    layer: int
+    neuron: int | Sequence[int]
+    value: float | Sequence[float] = 0.0
+    site: str = "hidden"
+    mode: str = "set"
+    positions: str = "all"
+    rows: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class HeadAblation:
+    """Replace what one attention head hands to the output projection.
+
+    Attributes:
+        layer, head: 0-based; negative counts from the end.
+        value: `None` for zero, or d_head numbers, for example the head's mean.
+        positions, rows: as in `Clamp`.
+    """
+
+    layer: int
+    head: int
+    value: Sequence[float] | None = None
+    positions: str = "all"
+    rows: Sequence[int] | None = None
+
+
+@contextlib.contextmanager
+def clamp(
+    model: Model,
+    *,
+    layer: int,
+    neuron: int | Sequence[int],
+    value: float | Sequence[float] = 0.0,
+    site: str = "hidden",
+    mode: str = "set",
+    positions: str = "all",
+) -> Iterator[Model]:
+    """Clamp one neuron, or several of a layer, inside a `with` block. Arguments as in `Clamp`.
+
+    Example:
+        >>> with clamp(model, layer=27, neuron=1510, value=-10):       # doctest: +SKIP
+        ...     model.generate("What is your favourite animal?", chat=True)
+    """
+    with intervene(model, Clamp(layer, neuron, value, site, mode, positions)):
+        yield model
+
+
+@contextlib.contextmanager
+def intervene(model: Model, *interventions: Clamp | HeadAblation) -> Iterator[Model]:
+    """Apply interventions inside a `with` block; those of one site act in the order given.
+
+    Args:
+        model: what `load_model` gave.
+        interventions: any number of `Clamp` and `HeadAblation`.
+
+    Yields:
+        The model.
+
+    Raises:
+        InputError: on entering: layer, neuron, head, site, mode, positions or value out of range. While running: one
+            value per text was given, but the batch has another number of texts.
+    """
+    edits = [_edit(model, intervention) for intervention in interventions]
+    scope = _Scope()
+    token = _active.set(_active.get() | {scope})
+    try:
+        with contextlib.ExitStack() as stack:
+            if any(edit.positions != "all" for edit in edits):
+                decoder = model.hf.base_model
+                handle = decoder.register_forward_pre_hook(scope.before_forward, with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
+            for site, layer in dict.fromkeys((edit.site, edit.layer) for edit in edits):
+                here = [edit for edit in edits if (edit.site, edit.layer) == (site, layer)]
+                stack.callback(model.arch.site(site, layer).attach(scope.visitor(here)).remove)
+            yield model
+    finally:
+        _active.reset(token)
+
+
+class _Scope:
+    """One `with` block: which positions of the running forward pass are prompt, and how edits are applied."""
+
+    def __init__(self) -> None:
+        self.start = 0  # position of the first column of this forward pass
+        self.prompt = 0  # length of the prompt, padding included
+        self.last: Tensor | None = None  # (batch,) position of each prompt's last token
+        self.ids: Tensor | None = None
+
+    def before_forward(self, module: Any, args: tuple, kwargs: dict) -> None:
+        if self not in _active.get():
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = ids if ids is not None else kwargs["inputs_embeds"]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self.start = past
+        if past:
+            # A cache that was filled before the block began: what comes now is the rest of the prompt.
+            if self.prompt == 0:
+                self._new_prompt(past + given.shape[1], kwargs, given)
+            return
+        if not self._continues(ids):
+            self._new_prompt(given.shape[1], kwargs, given)
+        self.ids = ids
+
+    def _continues(self, ids: Tensor | None) -> bool:
+        """Without a cache, generation feeds the whole text again, one token longer each time."""
+        old = self.ids
+        if ids is None or old is None or ids.shape[0] != old.shape[0] or ids.shape[1] != old.shape[1] + 1:
+            return False
+        return torch.equal(ids[:, : old.shape[1]], old)
+
+    def _new_prompt(self, length: int, kwargs: dict, given: Tensor) -> None:
+        self.prompt = length
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
+            steps = torch.arange(length, device=mask.device)
+            self.last = (mask.long() * (steps + 1)).amax(1) - 1
+        else:
+            self.last = torch.full((given.shape[0],), length - 1, device=given.device)
+
+    def visitor(self, edits: list[_Edit]) -> Any:
+        def visit(tensor: Tensor) -> Tensor | None:
+            if self not in _active.get():
+                return None
+            # In place where autograd does not need the old values; a site's tensor belongs to the running layer alone.
+            new = tensor.clone() if tensor.requires_grad and torch.is_grad_enabled() else tensor
+            for edit in edits:
+                self._apply(edit, new)
+            return None if new is tensor else new
+
+        return visit
+
+    def _apply(self, edit: _Edit, tensor: Tensor) -> None:
+        size, width = tensor.shape[0], tensor.shape[1]
+        if edit.positions == "last":
+            rows = edit.batch_rows(size, tensor.device)
+            assert self.last is not None
+            at = self.last.to(tensor.device)[rows] - self.start
+            inside = (at >= 0) & (at < width)
+            if inside.any():
+                chosen = (rows[inside, None], at[inside, None], edit.columns_on(tensor.device)[None])
+                edit.change(tensor, chosen, edit.values(tensor, rows[inside], 2))
+            return
+        split = min(max(self.prompt - self.start, 0), width)
+        span = {"all": slice(0, width), "prompt": slice(0, split), "generated": slice(split, width)}[edit.positions]
+        if span.start == span.stop:
+            return
+        if edit.rows is None and not edit.per_row:
+            columns = edit.columns[0] if len(edit.columns) == 1 else edit.columns_on(tensor.device)
+            edit.change(tensor, (slice(None), span, columns), edit.constant(tensor))
+            return
+        rows = edit.batch_rows(size, tensor.device)
+        if len(rows):
+            steps = torch.arange(span.start, span.stop, device=tensor.device)
+            chosen = (rows[:, None, None], steps[None, :, None], edit.columns_on(tensor.device)[None, None])
+            edit.change(tensor, chosen, edit.values(tensor, rows, 3))
+
+
+# Scopes that act in this thread (context).
+_active: ContextVar[frozenset[_Scope]] = ContextVar("active_interventions", default=frozenset())
+
+
+@dataclass
+class _Edit:
+    """An intervention with indices checked: `columns` of a site's last dimension get `value`."""
+
+    site: str
+    layer: int
+    columns: list[int]
+    mode: str
+    value: list[float]  # one number, one per text, or one per column (`by_column`)
+    positions: str
+    rows: list[int] | None
+    per_row: bool
+    _tensors: dict[Any, Tensor] = field(default_factory=dict)
+
+    def columns_on(self, device: torch.device) -> Tensor:
+        return self._kept(("columns", device), lambda: torch.tensor(self.columns, device=device))
+
+    def constant(self, tensor: Tensor) -> Any:
+        if len(self.value) == 1:
+            return self.value[0]
+        key = ("constant", tensor.device, tensor.dtype)
+        return self._kept(key, lambda: torch.tensor(self.value, device=tensor.device, dtype=tensor.dtype))
+
+    def _kept(self, key: Any, make: Any) -> Tensor:
+        if key not in self._tensors:
+            self._tensors[key] = make()
+        return self._tensors[key]
+
+    def _texts(self, size: int) -> tuple[int, ...]:
+        """The caller's index of each row of the running batch."""
+        texts = current_rows.get()
+        return texts if texts is not None and len(texts) == size else tuple(range(size))
+
+    def batch_rows(self, size: int, device: torch.device) -> Tensor:
+        texts = self._texts(size)
+        if self.per_row and self.rows is None and current_rows.get() is None and len(self.value) != size:
+            raise InputError(f"{len(self.value)} clamp values were given for a batch of {size} texts; give one per text")
+        wanted = None if self.rows is None else set(self.rows)
+        key = ("rows", device, texts)
+        rows = [row for row, text in enumerate(texts) if wanted is None or text in wanted]
+        return self._kept(key, lambda: torch.tensor(rows, dtype=torch.long, device=device))
+
+    def values(self, tensor: Tensor, rows: Tensor, dims: int) -> Any:
+        if not self.per_row:
+            return self.constant(tensor)
+        texts = self._texts(tensor.shape[0])
+
+        def make() -> Tensor:
+            given = dict(enumerate(self.value)) if self.rows is None else dict(zip(self.rows, self.value, strict=True))
+            chosen = [texts[row] for row in rows.tolist()]
+            lost = [text for text in chosen if text not in given]
+            if lost:
+                raise InputError(f"{len(self.value)} clamp values were given, but the batch has a text {lost[0]}")
+            numbers = torch.tensor([given[text] for text in chosen], device=tensor.device, dtype=tensor.dtype)
+            return numbers.reshape((-1,) + (1,) * (dims - 1))
+
+        # "last" (two index dimensions) meets other rows from one forward pass to the next.
+        return make() if dims == 2 else self._kept(("values", tensor.device, tensor.dtype, texts), make)
+
+    def change(self, tensor: Tensor, at: Any, value: Any) -> None:
+        if self.mode in ("set", "zero"):
+            tensor[at] = value
+        elif self.mode == "add":
+            tensor[at] += value
+        else:
+            tensor[at] *= value
+
+
+def _edit(model: Model, given: Clamp | HeadAblation) -> _Edit:
+    arch = model.arch
+    if given.positions not in POSITIONS:
+        raise InputError(f"positions={given.positions!r}; expected one of {', '.join(POSITIONS)}")
+    rows = None if given.rows is None else [int(row) for row in given.rows]
+    layer = arch.check_layer(given.layer)
+    if isinstance(given, HeadAblation):
+        head = arch.check_head(given.head)
+        columns = list(range(head * arch.d_head, (head + 1) * arch.d_head))
+        value = [0.0] if given.value is None else _numbers(model, given.value)
+        if len(value) not in (1, arch.d_head):
+            raise InputError(f"a head's value has {len(value)} numbers; expected d_head={arch.d_head}")
+        return _Edit("z", layer, columns, "set", value, given.positions, rows, per_row=False)
+    if given.site not in NEURON_SITES:
+        raise InputError(f"site {given.site!r} cannot be clamped; expected one of {', '.join(NEURON_SITES)}")
+    if given.mode not in MODES:
+        raise InputError(f"mode={given.mode!r}; expected one of {', '.join(MODES)}")
+    arch.site(given.site, layer)  # says so where the family has no gate
+    neurons = [given.neuron] if isinstance(given.neuron, int) else list(given.neuron)
+    if not neurons:
+        raise InputError("no neuron was given; expected at least one index")
+    columns = [arch.check_neuron(int(neuron)) for neuron in neurons]
+    value = [0.0] if given.mode == "zero" else _numbers(model, given.value)
+    per_row = given.mode != "zero" and not _is_number(given.value)
+    if per_row and rows is not None and len(rows) != len(value):
+        raise InputError(f"{len(value)} clamp values were given for {len(rows)} rows; give one per row")
+    return _Edit(given.site, layer, columns, given.mode, value, given.positions, rows, per_row)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (hasattr(value, "ndim") and value.ndim == 0)
+
+
+def _numbers(model: Model, value: Any) -> list[float]:
+    numbers = [float(value)] if _is_number(value) else [float(number) for number in value]
+    limit = torch.finfo(model.dtype).max
+    for number in numbers:
+        if not math.isfinite(number) or abs(number) > limit:
+            raise InputError(f"clamp value {number} is not a finite {model.dtype} number")
+    return numbers
