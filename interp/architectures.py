@@ -16,6 +16,7 @@ Weights are handed out as `(d_mlp, d_model)`, one row per neuron, also where a f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,12 @@ _GEMMA = {
     "norm_offset": 1.0,
     "layers": ("model.layers", "model.language_model.layers", "layers", "language_model.layers"),
     "final_norm": ("model.norm", "model.language_model.norm", "norm", "language_model.norm"),
-    "embedding": ("model.embed_tokens", "model.language_model.embed_tokens", "embed_tokens"),
+    "embedding": (
+        "model.embed_tokens",
+        "model.language_model.embed_tokens",
+        "embed_tokens",
+        "language_model.embed_tokens",
+    ),
 }
 _BERT = {
     "layers": ("bert.encoder.layer", "roberta.encoder.layer", "electra.encoder.layer", "encoder.layer"),
@@ -222,7 +228,9 @@ class Site:
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            whole = output[self.index or 0] if isinstance(output, tuple) else output
+            at = self.index or 0
+            elements = output if isinstance(output, tuple) else (output,)
+            whole = elements[at] if at < len(elements) else None
             if whole is None:
                 raise ModelError(
                     f"{type(module).__name__} of layer {self.layer} gave no attention weights: the model runs with a "
@@ -236,10 +244,7 @@ class Site:
                 whole = whole.clone()
                 whole[..., self.columns] = new
                 new = whole
-            if isinstance(output, tuple):
-                at = self.index or 0
-                return (*output[:at], new, *output[at + 1 :])
-            return new
+            return (*output[:at], new, *output[at + 1 :]) if isinstance(output, tuple) else new
 
         return self.module.register_forward_hook(after)
 
@@ -278,7 +283,7 @@ class Architecture:
 
     def _first(self, paths: tuple[str, ...], root: nn.Module | None = None) -> Any:
         for path in paths:
-            module: Any = root or self.hf
+            module: Any = self.hf if root is None else root
             for part in path.split("."):
                 module = getattr(module, part, None)
                 if module is None:
@@ -291,31 +296,25 @@ class Architecture:
         """`layer` as a non-negative index; negative counts from the end.
 
         Raises:
-            InputError: out of range.
+            InputError: out of range, or not a whole number.
         """
-        if not -self.n_layers <= layer < self.n_layers:
-            raise InputError(f"layer {layer} is out of range: the model has {self.n_layers} layers (0 … {self.n_layers - 1})")
-        return layer % self.n_layers
+        return _index(layer, self.n_layers, "layer", "the model has", "layers")
 
     def check_neuron(self, neuron: int) -> int:
         """`neuron` as a non-negative index into d_mlp.
 
         Raises:
-            InputError: out of range.
+            InputError: out of range, or not a whole number.
         """
-        if not -self.d_mlp <= neuron < self.d_mlp:
-            raise InputError(f"neuron {neuron} is out of range: a layer has {self.d_mlp} neurons (0 … {self.d_mlp - 1})")
-        return neuron % self.d_mlp
+        return _index(neuron, self.d_mlp, "neuron", "a layer has", "neurons")
 
     def check_head(self, head: int) -> int:
         """`head` as a non-negative index.
 
         Raises:
-            InputError: out of range.
+            InputError: out of range, or not a whole number.
         """
-        if not -self.n_heads <= head < self.n_heads:
-            raise InputError(f"head {head} is out of range: a layer has {self.n_heads} heads (0 … {self.n_heads - 1})")
-        return head % self.n_heads
+        return _index(head, self.n_heads, "head", "a layer has", "heads")
 
     # Modules
 
@@ -457,9 +456,26 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     weight = getattr(module, name)
     if not weight.is_meta:
         return weight.detach()
-    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    if weights is None:
-        raise ModelError(
-            f"{type(module).__name__}.{name} is on the meta device: it has a shape but no values; load the weights first"
-        )
-    return weights[name]
+    for hook in offload_hooks(module):
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None:
+            return weights[name]
+    raise ModelError(
+        f"{type(module).__name__}.{name} is on the meta device: it has a shape but no values; load the weights first"
+    )
+
+
+def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks with which accelerate places a module's weights, if any."""
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", (hook,)))  # several are kept in a SequentialHook
+
+
+def _index(value: Any, size: int, what: str, who: str, unit: str) -> int:
+    try:
+        index = operator.index(value)  # also numpy's and torch's integers
+    except TypeError as error:
+        raise InputError(f"{what} {value!r} is not a whole number; {who} {size} {unit}") from error
+    if not -size <= index < size:
+        raise InputError(f"{what} {index} is out of range: {who} {size} {unit} (0 … {size - 1})")
+    return index % size

@@ -28,6 +28,8 @@ from interp.errors import InputError, MemoryBudgetError
 # The caller's indices of the texts in the batch that runs now: interventions with one value per text look them up,
 # so that sorting and halving batches does not hand a text another text's value.
 current_rows: ContextVar[tuple[int, ...] | None] = ContextVar("current_rows", default=None)
+# How many texts the caller gave in all: one value per text must be as many.
+text_count: ContextVar[int | None] = ContextVar("text_count", default=None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Batch:
     @property
     def position_ids(self) -> Int[Tensor, "batch position"]:
         """Positions counted from each text's first real token; padding gets position 0."""
-        return (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        return (self.mask.long().cumsum(1) - 1) * self.mask
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -149,7 +151,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    signs = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def free_memory() -> None:
@@ -179,9 +182,10 @@ def for_each_batch(
         MemoryBudgetError: one text alone does not fit.
     """
     waiting = deque(batches)
+    total = sum(batch.size for batch in waiting)
     limit: int | None = None
     bar = tqdm(
-        total=sum(batch.size for batch in waiting),
+        total=total,
         desc=progress if isinstance(progress, str) else None,
         unit=unit,
         disable=not progress,
@@ -194,7 +198,7 @@ def for_each_batch(
                 waiting.extendleft(reversed(batch.halves()))
                 continue
             failed = False
-            token = current_rows.set(batch.rows)
+            token, count_token = current_rows.set(batch.rows), text_count.set(total)
             try:
                 step(batch)
             except (RuntimeError, MemoryError) as error:
@@ -207,6 +211,7 @@ def for_each_batch(
                     ) from error
                 failed = True
             finally:
+                text_count.reset(count_token)
                 current_rows.reset(token)
             # Outside the handler: the error's traceback would keep the failed step's tensors alive.
             if failed:

@@ -46,7 +46,8 @@ class Column:
         if not self.name or self.name.startswith("__index_level_"):
             raise InputError(f"{self.name!r} cannot be a column's name")
         if self.dtype not in DTYPES:
-            raise InputError(f"column {self.name!r}: unknown dtype {self.dtype!r}; choose from {', '.join(sorted(DTYPES))}")
+            known = ", ".join(sorted(DTYPES))
+            raise InputError(f"column {self.name!r}: unknown dtype {self.dtype!r}; choose from {known}")
 
 
 def conform(frame: "pd.DataFrame", columns: Sequence[Column]) -> "pd.DataFrame":
@@ -92,8 +93,11 @@ def conform(frame: "pd.DataFrame", columns: Sequence[Column]) -> "pd.DataFrame":
 
 
 def _cast(series: "pd.Series", column: Column) -> "pd.Series":
+    import numpy as np
     import pandas as pd
 
+    if series.empty and not isinstance(series.dtype, pd.CategoricalDtype):
+        series = series.astype(object)  # the dtype of an empty list is an accident
     if column.dtype == "str":
         return _strings(series, column)
     if column.dtype == "category":
@@ -109,13 +113,14 @@ def _cast(series: "pd.Series", column: Column) -> "pd.Series":
     if column.dtype in _INTEGERS:
         _check_integers(series, column)
     try:
-        cast = series.astype(column.dtype)  # type: ignore[call-overload]
+        with np.errstate(over="ignore"):  # checked below
+            cast = series.astype(column.dtype)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError) as error:
         raise _misfit(column, str(error)) from error
     if column.dtype in _FLOATS:
         infinite = (cast.abs() == float("inf")) & ~(series.astype("float64").abs() == float("inf"))
         if infinite.any():
-            raise _misfit(column, f"{series[infinite].iloc[0]!r} is too large")
+            raise _misfit(column, f"{series[infinite].iloc[0]} is too large")
     elif column.dtype == "bool" and series.isna().any():
         raise _misfit(column, "holds missing values; declare 'boolean'")
     return cast
@@ -126,21 +131,25 @@ def _check_integers(series: "pd.Series", column: Column) -> None:
 
     known = series.dropna()
     if len(known) < len(series) and column.dtype[0].islower():
-        raise _misfit(column, f"holds missing values; declare {column.dtype.replace('i', 'I', 1).replace('uI', 'UI')!r}")
+        nullable = column.dtype.replace("uint", "UInt").replace("int", "Int")
+        raise _misfit(column, f"holds missing values; declare {nullable!r}")
     if not len(known):
         return
     limits = np.iinfo(column.dtype.lower())
-    for value in (known.min(), known.max()):
+    for value in (known.min(), known.max()):  # .item(): numpy would round the limit to compare it with a float
+        value = value.item() if hasattr(value, "item") else value
         if not limits.min <= value <= limits.max:
-            raise _misfit(column, f"{value!r} is out of range")
+            raise _misfit(column, f"{value} is out of range")
     fractional = known[known % 1 != 0]
     if len(fractional):
-        raise _misfit(column, f"{fractional.iloc[0]!r} is not whole")
+        raise _misfit(column, f"{fractional.iloc[0]} is not whole")
 
 
 def _strings(series: "pd.Series", column: Column) -> "pd.Series":
     import pandas as pd
 
+    if str(series.dtype) == "str":
+        return series
     if isinstance(series.dtype, pd.CategoricalDtype):
         series = series.astype(object)
     if series.dtype == object:
@@ -179,7 +188,8 @@ def _check_text(values: "pd.Series | pd.Index", column: Column) -> None:
         if not isinstance(value, str):
             raise _misfit(column, f"holds a {type(value).__name__}, {value!r}")
         if _SURROGATE.search(value):
-            raise _misfit(column, f"{value!r} holds half of a surrogate pair, which no file can keep; interp.tokens.visible shows it as text")
+            hint = "which no file can keep; interp.tokens.visible shows it as text"
+            raise _misfit(column, f"{value!r} holds half of a surrogate pair, {hint}")
 
 
 def _misfit(column: Column, why: str) -> InputError:

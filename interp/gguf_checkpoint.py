@@ -1,6 +1,6 @@
 """GGUF files: check one, load it as a plain Hugging Face model, or convert it once to a safetensors folder.
 
-1. `read_gguf_header` parses the metadata and the tensor table without touching the weights, and refuses a file that is
+1. `check_gguf` parses the metadata and the tensor table without touching the weights, and refuses a file that is
    no GGUF, is cut short, is one part of several, or is of a version that nobody reads any more.
 2. `load_gguf` lets transformers dequantise the weights, removes the traces of quantisation (so that the model saves,
    hooks and clamps like any other) and makes the tokenizer agree with the file's metadata.
@@ -10,9 +10,9 @@ Dequantised weights are what the quantised model computes with, held as floats: 
 lost. A folder takes 4 bytes per parameter in float32.
 
 Format: the GGUF specification of ggml. Which text splitter a vocabulary was trained with: `llama-vocab.cpp` of
-llama.cpp. transformers 5.23 knows the regular expressions of Llama 3, Qwen 2 and a few others, but falls back to GPT-2's
-splitter for the families that split every digit first (SmolLM, StarCoder, Command-R), which changes the tokens of
-`"x  1"` and of `"½"`; `load_gguf` corrects that.
+llama.cpp. transformers 5.23 knows the regular expressions of Llama 3, Qwen 2 and a few others, but falls back to
+GPT-2's splitter for the families that split every digit first (SmolLM, StarCoder, Command-R), which changes the
+tokens of `"x  1"` and of `" ½"`; `load_gguf` corrects that.
 """
 
 import math
@@ -77,24 +77,8 @@ class GGUFHeader:
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether a file starts with the GGUF magic bytes.
-
-    Args:
-        path: Any path; one that is missing or is a folder gives False.
-
-    Returns:
-        True if the first four bytes are `GGUF`.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(4) == GGUF_MAGIC
-    except OSError:
-        return False
-
-
-def read_gguf_header(path: str | Path) -> GGUFHeader:
-    """Read and check the metadata and tensor table of a GGUF file.
+def check_gguf(path: str | Path) -> GGUFHeader:
+    """Read the metadata and the tensor table of a GGUF file, and check that the whole file is there.
 
     Args:
         path: A `.gguf` file.
@@ -141,30 +125,37 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
 
 
 def load_gguf(
-    path: str | Path, *, dtype: "torch.dtype | None" = None
+    path: str | Path, *, dtype: "torch.dtype | None" = None, **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a GGUF file as a plain Hugging Face model and tokenizer, on the CPU.
+    """Load a GGUF file as a plain Hugging Face model and tokenizer.
 
     Args:
         path: A `.gguf` file of a decoder that transformers can read.
         dtype: Type of the dequantised weights; float32 if None.
+        options: Passed on to `from_pretrained` of the model: `device_map`, `attn_implementation`.
 
     Returns:
         The model in evaluation mode, without any trace of quantisation, and its tokenizer; special token ids are the
         file's, and padding uses the end-of-text token where the file names none.
 
     Raises:
-        ModelError: See `read_gguf_header`; or the architecture or tokenizer is one that transformers cannot read.
+        ModelError: See `check_gguf`; or the architecture or tokenizer is one that transformers cannot read, or the
+            file lacks weights of the model.
     """
-    header = read_gguf_header(path)
+    header = check_gguf(path)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(header.path.parent.resolve())
     try:
         with _quiet_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=header.path.name, dtype=dtype or torch.float32, local_files_only=True
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=header.path.name,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=header.path.name, local_files_only=True)
     except (ValueError, NotImplementedError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
@@ -172,6 +163,12 @@ def load_gguf(
             f"transformers cannot load {header.path} (architecture {header.architecture!r}): {error}. "
             "Give the model's original safetensors folder or hub id instead."
         ) from error
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise ModelError(
+            f"{header.path} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; they "
+            "would be random, so the model is refused."
+        )
     _forget_quantisation(model)
     _fix_pre_tokenizer(tokenizer, header)
     _fix_special_tokens(model, tokenizer, header)
@@ -276,7 +273,9 @@ def _place_tensors(
             ggml_type = GGMLQuantizationType(kind)
             block, block_bytes = GGML_QUANT_SIZES[ggml_type]
         except (ValueError, KeyError) as error:
-            raise ModelError(f"{path}: tensor {name!r} has the unknown ggml type {kind}; is gguf up to date?") from error
+            raise ModelError(
+                f"{path}: tensor {name!r} has the unknown ggml type {kind}; is gguf up to date?"
+            ) from error
         n_bytes = math.prod(shape) // block * block_bytes
         tensors.append(GGUFTensor(name, shape, ggml_type.name, data_start + offset, n_bytes))
     return tuple(tensors)

@@ -21,7 +21,7 @@ FORMAT = 1
 _HEADER = b"interp"
 _CATEGORIES = "categories"
 _LARGEST = 2**30  # bytes of one decompressed value: more is a damaged or hostile file
-_KEY_LIMIT = 2**30  # bytes of Parquet's own header, which holds our metadata; its default is smaller than a tokenizer can be
+_KEY_LIMIT = 2**30  # bytes of Parquet's own header, which holds our metadata; its default is too small for that
 
 
 def write_parquet(file: BinaryIO, frame: "pd.DataFrame", header: dict[str, Any], **values: Any) -> None:
@@ -131,7 +131,7 @@ def _restore_categories(frame: "pd.DataFrame", categories: dict[str, Any]) -> "p
     import pandas as pd
 
     for name, entry in categories.items():
-        dtype = pd.CategoricalDtype(pd.Series(entry["values"]).to_numpy() if entry["values"] else [], entry["ordered"])
+        dtype = pd.CategoricalDtype(entry["values"], entry["ordered"])
         known = int(frame[name].notna().sum())
         frame[name] = frame[name].astype(object).astype(dtype)
         if int(frame[name].notna().sum()) != known:

@@ -19,7 +19,10 @@ from typing import Any, Self
 
 from interp.errors import InputError
 
-PACKAGES = ("interp", "torch", "transformers", "transformer-lens", "nnsight", "captum", "numpy", "scipy", "pandas", "pyarrow")
+PACKAGES = (
+    *("interp", "torch", "transformers", "transformer-lens", "nnsight", "captum"),
+    *("numpy", "scipy", "pandas", "pyarrow"),
+)
 _ABSOLUTE = re.compile(r"""(?<![\w.~/\\-])(?:/+|[A-Za-z]:[\\/]+)[^\s/\\=:,;'"][^\s=:,;'"]*""")
 _URL = re.compile(r"^(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -130,7 +133,7 @@ def as_json(value: Any, what: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str | int | float):
-        return json.loads(json.dumps(value))  # a subclass, such as numpy.float64 or a string enum, becomes the plain type
+        return json.loads(json.dumps(value))  # numpy.float64, a string enum and other subclasses become plain
     if isinstance(value, os.PathLike):
         return PurePosixPath(os.fspath(value)).name
     if callable(getattr(value, "tolist", None)):  # numpy scalars and arrays, tensors

@@ -181,7 +181,7 @@ def build_result(
     package = _find_module(f"interp.{kind.split('.')[0]}")
     result_type = getattr(package, "RESULT_TYPES", {}).get(kind, Result)
     if not (isinstance(result_type, type) and issubclass(result_type, Result)):
-        raise ResultError(f"interp.{kind.split('.')[0]}.RESULT_TYPES[{kind!r}] must be a Result class, got {result_type!r}")
+        raise ResultError(f"RESULT_TYPES[{kind!r}] of its package must be a Result class, got {result_type!r}")
     return result_type(kind, frame, columns, provenance, dict(attachments or {}))
 
 
@@ -216,10 +216,10 @@ def table_html(frame: "pd.DataFrame", rows: int = 50) -> str:
     import pandas as pd
 
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes]
-    starts = ['<td class="number">' if right else "<td>" for right in numeric]
-    head = "".join(f"<th>{text(name)}</th>" for name in frame.columns)
+    kinds = [' class="number"' if right else "" for right in numeric]
+    head = "".join(f"<th{kind}>{text(name)}</th>" for kind, name in zip(kinds, frame.columns, strict=True))
     body = "".join(
-        "<tr>" + "".join(start + text(_cell(value)) + "</td>" for start, value in zip(starts, row, strict=True)) + "</tr>"
+        f"<tr>{''.join(f'<td{kind}>{text(_cell(value))}</td>' for kind, value in zip(kinds, row, strict=True))}</tr>"
         for row in frame.head(rows).itertuples(index=False, name=None)
     )
     note = f"showing {min(rows, len(frame)):,} of {len(frame):,} rows"

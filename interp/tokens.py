@@ -11,7 +11,7 @@ import unicodedata
 
 _SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 _CIRCLE = "◌"  # carries an accent that has no letter before it, as Unicode's own charts do
-# Printable by Unicode's categories, but drawn as nothing: joiners, fillers, variation selectors, the empty braille cell.
+# Printable by Unicode's categories, but drawn as nothing: joiners, fillers, variation selectors, empty braille.
 _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 _OURS = frozenset([*_SIGNS.values(), _CIRCLE])
 _PLAIN = re.compile(r"[!-\[\]-~]*")  # ASCII without space and backslash: nothing to do

@@ -43,7 +43,13 @@ def spellings(word: str) -> list[str]:
         [' dog', 'dog', ' Dog', 'Dog', ' DOG', 'DOG', ' dogs', 'dogs', ' Dogs', 'Dogs']
     """
     bare = word.strip()
-    forms = [bare.lower(), bare.lower().capitalize(), bare.upper(), plural(bare.lower()), plural(bare.lower()).capitalize()]
+    forms = [
+        bare.lower(),
+        bare.lower().capitalize(),
+        bare.upper(),
+        plural(bare.lower()),
+        plural(bare.lower()).capitalize(),
+    ]
     tried = [word, *(lead + form for form in forms for lead in (" ", ""))]
     return list(dict.fromkeys(tried))
 
