@@ -19,7 +19,7 @@ _NAMES = {
 }
 _PACKAGES = ("adapters", "architectures", "batching", "neurons", "report", "resources", "results")
 
-__all__ = [*_NAMES, *_PACKAGES]  # noqa: PLE0604
+__all__ = [*_NAMES, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ A `Family` is a row of that table: dotted paths, relative to the Hugging Face mo
        ├── pre_mlp_norm                       site "attn_out": attention's output (batch, position, d_model)
        └── up, gate ── product ── down        sites "up", "gate", "hidden"        (batch, position, d_mlp)
                                               site "mlp_out": output of down      (batch, position, d_model)
-    sites "resid_pre", "resid_post": a layer's input and output; site "logits": the head's output
+    sites "resid_pre", "resid_post": a layer's input and output; site "logits": the model's, with Gemma 2's soft cap
 
 Weights are handed out as `(d_mlp, d_model)`, one row per neuron, also where a family fuses gate and up in one matrix
 (Phi-3) or stores the transpose (GPT-2's Conv1D). Register a family of your own with `register`.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -229,7 +229,8 @@ class Site:
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             at = self.index or 0
-            elements = output if isinstance(output, tuple) else (output,)
+            named = self.name == "logits" and not isinstance(output, tuple)
+            elements = output if isinstance(output, tuple) else (output.logits if named else output,)
             whole = elements[at] if at < len(elements) else None
             if whole is None:
                 raise ModelError(
@@ -244,6 +245,9 @@ class Site:
                 whole = whole.clone()
                 whole[..., self.columns] = new
                 new = whole
+            if named:
+                output.logits = new
+                return output
             return (*output[:at], new, *output[at + 1 :]) if isinstance(output, tuple) else new
 
         return self.module.register_forward_hook(after)
@@ -273,7 +277,8 @@ class Architecture:
         self.n_kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.n_heads)
         self.d_head = int(getattr(self.config, "head_dim", None) or self.d_model // self.n_heads)
         self.d_mlp = self._d_mlp()
-        self.vocab_size = int(self.embedding().weight.shape[0])
+        embedding: Any = self.embedding()
+        self.vocab_size = int(embedding.weight.shape[0])
         positions = getattr(self.config, "max_position_embeddings", None)
         self.n_positions = int(positions) if positions else None
 
@@ -292,7 +297,7 @@ class Architecture:
                 return module
         return None
 
-    def check_layer(self, layer: int) -> int:
+    def check_layer(self, layer: SupportsIndex) -> int:
         """`layer` as a non-negative index; negative counts from the end.
 
         Raises:
@@ -300,7 +305,7 @@ class Architecture:
         """
         return _index(layer, self.n_layers, "layer", "the model has", "layers")
 
-    def check_neuron(self, neuron: int) -> int:
+    def check_neuron(self, neuron: SupportsIndex) -> int:
         """`neuron` as a non-negative index into d_mlp.
 
         Raises:
@@ -308,7 +313,7 @@ class Architecture:
         """
         return _index(neuron, self.d_mlp, "neuron", "a layer has", "neurons")
 
-    def check_head(self, head: int) -> int:
+    def check_head(self, head: SupportsIndex) -> int:
         """`head` as a non-negative index.
 
         Raises:
@@ -422,7 +427,8 @@ class Architecture:
             InputError: the name is unknown, the layer is out of range, or the family has no such site.
         """
         if name == "logits":
-            return Site(name, -1, self.lm_head(), "output")
+            self.lm_head()  # says so where there is none
+            return Site(name, -1, self.hf, "output")
         if name not in LAYER_SITES:
             raise InputError(f"unknown site {name!r}; expected one of {', '.join(SITES)}")
         layer = self.check_layer(layer)

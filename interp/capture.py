@@ -15,23 +15,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from interp.architectures import LAYER_SITES
-from interp.batching import Batch, available_memory, check_memory, for_each_batch, token_batches
-from interp.errors import InputError
+from interp.architectures import LAYER_SITES, NEURON_SITES
+from interp.batching import Batch, available_memory, check_memory, for_each_batch, is_out_of_memory, token_batches
+from interp.errors import InputError, MemoryBudgetError
 from interp.model import Model
 
 
+@runtime_checkable
 class Probe(Protocol):
-    """What `run_probes` feeds. A probe asks for sites, reduces what it sees, and gives a result at the end."""
+    """What `run_probes` feeds. A probe asks for sites, reduces what it sees, and gives a result at the end.
+
+    One that keeps whole tensors on the CPU may say how much, in `kept_bytes(model, lengths)`; see `Keep`.
+    """
 
     sites: Sequence[tuple[str, int]]
-    """(site, layer) pairs that it wants; layer -1 for "logits"."""
+    """(site, layer) pairs that it wants; layer -1 for "logits". A negative layer counts from the end."""
 
     def update(self, site: str, layer: int, tensor: Tensor, batch: Batch) -> Any:
         """Reduce one site's tensor of one batch to a small partial, without changing the probe or the tensor."""
@@ -64,7 +67,7 @@ def run_probes(
         texts: strings, or sequences of token ids.
         probes: see `Probe`. They are changed in place.
         max_tokens: budget of padded tokens in a batch; cut further where the estimated memory would not fit.
-        side: where padding goes, "right" or "left"; results agree within 1e-4 in float32.
+        side: where padding goes, "right" or "left"; results agree within 1e-4 in float32. Encoders are padded right.
         chat: wrap texts in the chat template.
         progress: a progress bar on stderr; a string is its description.
 
@@ -76,8 +79,13 @@ def run_probes(
         raise InputError("no texts were given; expected at least one")
     encoded = model.encode(texts, chat=chat)
     wanted = _wanted(model, probes)
-    longest = max(len(ids) for ids in encoded)
+    side = side if model.arch.family.decoder else "right"  # encoders count positions from the first column
     names = {site for site, _ in wanted}
+    lengths = [len(ids) for ids in encoded]
+    kept = sum(probe.kept_bytes(model, lengths) for probe in probes if hasattr(probe, "kept_bytes"))
+    if kept:
+        check_memory(kept, "cpu", f"keeping whole tensors of {len(lengths)} texts")
+    longest = max(lengths)
     check_memory(estimate_bytes(model, names, 1, longest), model.device, f"one text of {longest} tokens")
     while max_tokens > longest and estimate_bytes(
         model, names, max(1, max_tokens // longest), longest
@@ -89,18 +97,22 @@ def run_probes(
         for_each_batch(batches, lambda batch: _run_batch(model, batch, wanted), progress=progress)
 
 
-def _wanted(model: Model, probes: Iterable[Probe]) -> dict[tuple[str, int], list[Probe]]:
-    wanted: dict[tuple[str, int], list[Probe]] = {}
+# {(site, layer): [(probe, the layer as the probe asked for it, which may be negative)]}
+_Wanted = dict[tuple[str, int], list[tuple[Probe, int]]]
+
+
+def _wanted(model: Model, probes: Iterable[Probe]) -> _Wanted:
+    wanted: _Wanted = {}
     for probe in probes:
-        for name, layer in probe.sites:
+        for name, layer in dict.fromkeys(probe.sites):
             site = model.arch.site(name, layer)
-            wanted.setdefault((site.name, site.layer), []).append(probe)
+            wanted.setdefault((site.name, site.layer), []).append((probe, layer))
     if not wanted:
         raise InputError("no probe asks for a site; expected at least one (site, layer)")
     return wanted
 
 
-def _run_batch(model: Model, batch: Batch, wanted: dict[tuple[str, int], list[Probe]]) -> None:
+def _run_batch(model: Model, batch: Batch, wanted: _Wanted) -> None:
     batch = batch.to(model.device)
     partials: list[tuple[Probe, str, int, Any]] = []
     remaining = dict.fromkeys(wanted)
@@ -108,8 +120,8 @@ def _run_batch(model: Model, batch: Batch, wanted: dict[tuple[str, int], list[Pr
     def visitor(name: str, layer: int) -> Any:
         def visit(tensor: Tensor) -> None:
             here = batch if tensor.device == batch.mask.device else batch.to(tensor.device)
-            for probe in wanted[name, layer]:
-                partials.append((probe, name, layer, probe.update(name, layer, tensor.detach(), here)))
+            for probe, asked in wanted[name, layer]:
+                partials.append((probe, name, asked, probe.update(name, asked, tensor.detach(), here)))
             remaining.pop((name, layer), None)
             if not remaining:
                 raise _Stop
@@ -121,8 +133,17 @@ def _run_batch(model: Model, batch: Batch, wanted: dict[tuple[str, int], list[Pr
             stack.callback(model.arch.site(name, layer).attach(visitor(name, layer)).remove)
         with contextlib.suppress(_Stop):
             forward(model, batch, logits=("logits", -1) in wanted)
-    for probe, name, layer, partial in partials:
-        probe.merge(name, layer, partial, batch)
+    try:
+        for probe, name, layer, partial in partials:
+            probe.merge(name, layer, partial, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Some partials are merged: running the batch again would count them twice.
+        raise MemoryBudgetError(
+            f"out of memory while {type(probe).__name__} took in a batch of {batch.size} texts; its result is incomplete: "
+            f"use fewer texts or sites"
+        ) from error
 
 
 def forward(model: Model, batch: Batch, *, logits: bool = True) -> Any:
@@ -141,6 +162,8 @@ def forward(model: Model, batch: Batch, *, logits: bool = True) -> Any:
         inputs["use_cache"] = False
         if batch.side == "left":
             inputs["position_ids"] = batch.position_ids
+    elif batch.side == "left":
+        raise InputError(f"{model.name} is an encoder: pad its batches on the right")
     return (model.hf if logits else model.hf.base_model)(**inputs)
 
 
@@ -171,7 +194,8 @@ class Keep:
 
     Example:
         >>> probe = Keep([("hidden", 3)])                              # doctest: +SKIP
-        >>> run_probes(model, ["The water is cold."], [probe]); probe.tensors["hidden", 3][0].shape
+        >>> run_probes(model, ["The water is cold."], [probe])         # doctest: +SKIP
+        >>> probe.tensors["hidden", 3][0].shape                        # doctest: +SKIP
         torch.Size([5, 1536])
     """
 
@@ -182,7 +206,16 @@ class Keep:
             raise InputError(f"unknown site {unknown[0]!r}; expected one of {', '.join((*LAYER_SITES, 'logits'))}")
         self.tensors: dict[tuple[str, int], dict[int, Tensor]] = {site: {} for site in self.sites}
 
-    def update(self, site: str, layer: int, tensor: Tensor, batch: Batch) -> list[Float[Tensor, "..."]]:
+    def kept_bytes(self, model: Model, lengths: Sequence[int]) -> int:
+        """What texts of these lengths will take on the CPU."""
+        arch, tokens, pairs = model.arch, sum(lengths), sum(length**2 for length in lengths)
+        widths = dict.fromkeys(NEURON_SITES, arch.d_mlp) | {"z": arch.n_heads * arch.d_head, "logits": arch.vocab_size}
+        patterns = sum(name == "pattern" for name, _ in self.sites)
+        numbers = arch.n_heads * pairs * patterns
+        numbers += sum(widths.get(name, arch.d_model) * tokens for name, _ in self.sites if name != "pattern")
+        return numbers * model.dtype.itemsize
+
+    def update(self, site: str, layer: int, tensor: Tensor, batch: Batch) -> list[Tensor]:
         """Cut padding off and move to the CPU."""
         kept = []
         for row in range(batch.size):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from interp.architectures import NEURON_SITES
-from interp.batching import current_rows
+from interp.batching import current_rows, text_count
 from interp.errors import InputError
 from interp.model import Model
 
@@ -41,12 +42,13 @@ class Clamp:
         layer: 0-based; negative counts from the end.
         neuron: index into d_mlp, or several.
         value: what is set, added or multiplied by, in units of the activation; one number, or one per text of the
-            batch (one per entry of `rows` where that is given). Ignored by "zero".
+            batch (one per entry of `rows` where that is given), each for all neurons. Ignored by "zero".
         site: "up", "gate" or "hidden".
         mode: "set", "add", "scale" or "zero".
         positions: "all" (prompt and generated), "prompt", "generated", or "last": the prompt's last token, from which
             the first new token is predicted.
-        rows: the texts it applies to, by index; `None` for all.
+        rows: the texts it applies to, by index into the list given to `generate` or `run_probes`; in a plain forward
+            pass, or Hugging Face's own `generate`, by index into the batch that the model sees. `None` for all.
     """
 
     layer: int
@@ -109,7 +111,7 @@ def intervene(model: Model, *interventions: Clamp | HeadAblation) -> Iterator[Mo
 
     Raises:
         InputError: on entering: layer, neuron, head, site, mode, positions or value out of range. While running: one
-            value per text was given, but the batch has another number of texts.
+            value per text was given, but there is another number of texts; or a row of `rows` is none of them.
     """
     edits = [_edit(model, intervention) for intervention in interventions]
     scope = _Scope()
@@ -129,13 +131,21 @@ def intervene(model: Model, *interventions: Clamp | HeadAblation) -> Iterator[Mo
 
 
 class _Scope:
-    """One `with` block: which positions of the running forward pass are prompt, and how edits are applied."""
+    """One `with` block: which positions of the running forward pass are prompt, and how edits are applied.
+
+    A forward pass either begins a prompt or continues generation; a block may hold any number of both. It continues if it
+    goes on where the pass before it ended: with the same KV cache, or without one as `generate(use_cache=False)` does.
+    """
 
     def __init__(self) -> None:
         self.start = 0  # position of the first column of this forward pass
+        self.end = 0  # position after its last column
         self.prompt = 0  # length of the prompt, padding included
         self.last: Tensor | None = None  # (batch,) position of each prompt's last token
-        self.ids: Tensor | None = None
+        self.last_of_all = -1
+        self.ids: Tensor | None = None  # the prompt's token ids
+        self.cache: weakref.ref | None = None
+        self.texts: tuple[int, ...] | None = None
 
     def before_forward(self, module: Any, args: tuple, kwargs: dict) -> None:
         if self not in _active.get():
@@ -144,22 +154,25 @@ class _Scope:
         given = ids if ids is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self.start = past
-        if past:
-            # A cache that was filled before the block began: what comes now is the rest of the prompt.
-            if self.prompt == 0:
-                self._new_prompt(past + given.shape[1], kwargs, given)
-            return
-        if not self._continues(ids):
-            self._new_prompt(given.shape[1], kwargs, given)
-        self.ids = ids
+        end = past + given.shape[1]
+        if not self._continues(ids, given, cache, past, kwargs):
+            # With a cache that was filled before, this is the rest of the prompt.
+            self._new_prompt(end, kwargs, given)
+            self.ids = ids
+        self.start, self.end, self.texts = past, end, current_rows.get()
+        self.cache = None if cache is None else weakref.ref(cache)
 
-    def _continues(self, ids: Tensor | None) -> bool:
-        """Without a cache, generation feeds the whole text again, one token longer each time."""
-        old = self.ids
-        if ids is None or old is None or ids.shape[0] != old.shape[0] or ids.shape[1] != old.shape[1] + 1:
+    def _continues(self, ids: Tensor | None, given: Tensor, cache: Any, past: int, kwargs: dict) -> bool:
+        # `for_each_batch` makes a tuple per batch: another tuple is another batch, whatever its tokens.
+        if self.last is None or given.shape[0] != len(self.last) or current_rows.get() is not self.texts:
             return False
-        return torch.equal(ids[:, : old.shape[1]], old)
+        if past:
+            return past == self.end if self.cache is None else self.cache() is cache
+        # generate(use_cache=False) feeds the whole text again, one token longer each time, and positions with it.
+        again = kwargs.get("use_cache") is False and kwargs.get("position_ids") is not None
+        if not again or ids is None or self.ids is None or self.start != 0 or ids.shape[1] != self.end + 1:
+            return False
+        return torch.equal(ids[:, : self.prompt], self.ids)
 
     def _new_prompt(self, length: int, kwargs: dict, given: Tensor) -> None:
         self.prompt = length
@@ -169,6 +182,7 @@ class _Scope:
             self.last = (mask.long() * (steps + 1)).amax(1) - 1
         else:
             self.last = torch.full((given.shape[0],), length - 1, device=given.device)
+        self.last_of_all = int(self.last.max())
 
     def visitor(self, edits: list[_Edit]) -> Any:
         def visit(tensor: Tensor) -> Tensor | None:
@@ -185,8 +199,9 @@ class _Scope:
     def _apply(self, edit: _Edit, tensor: Tensor) -> None:
         size, width = tensor.shape[0], tensor.shape[1]
         if edit.positions == "last":
+            if self.last is None or self.last_of_all < self.start:
+                return
             rows = edit.batch_rows(size, tensor.device)
-            assert self.last is not None
             at = self.last.to(tensor.device)[rows] - self.start
             inside = (at >= 0) & (at < width)
             if inside.any():
@@ -240,33 +255,32 @@ class _Edit:
             self._tensors[key] = make()
         return self._tensors[key]
 
-    def _texts(self, size: int) -> tuple[int, ...]:
-        """The caller's index of each row of the running batch."""
-        texts = current_rows.get()
-        return texts if texts is not None and len(texts) == size else tuple(range(size))
-
     def batch_rows(self, size: int, device: torch.device) -> Tensor:
-        texts = self._texts(size)
-        if self.per_row and self.rows is None and current_rows.get() is None and len(self.value) != size:
-            raise InputError(f"{len(self.value)} clamp values were given for a batch of {size} texts; give one per text")
-        wanted = None if self.rows is None else set(self.rows)
-        key = ("rows", device, texts)
-        rows = [row for row, text in enumerate(texts) if wanted is None or text in wanted]
-        return self._kept(key, lambda: torch.tensor(rows, dtype=torch.long, device=device))
+        """The rows of the running batch that the edit applies to."""
+        texts, count = _texts(size)
+
+        def make() -> Tensor:
+            if self.per_row and self.rows is None and len(self.value) != count:
+                raise InputError(f"{len(self.value)} clamp values were given for {count} texts; give one per text")
+            lost = [row for row in self.rows or () if not 0 <= row < count]
+            if lost:
+                raise InputError(f"row {lost[0]} is out of range: there are {count} texts (0 … {count - 1})")
+            wanted = range(count) if self.rows is None else set(self.rows)
+            here = [row for row, text in enumerate(texts) if text in wanted]
+            return torch.tensor(here, dtype=torch.long, device=device)
+
+        return self._kept(("rows", device, texts, count), make)
 
     def values(self, tensor: Tensor, rows: Tensor, dims: int) -> Any:
+        """What the edit writes into `rows`, to be broadcast over `dims` dimensions."""
         if not self.per_row:
             return self.constant(tensor)
-        texts = self._texts(tensor.shape[0])
+        texts, _ = _texts(tensor.shape[0])
 
         def make() -> Tensor:
             given = dict(enumerate(self.value)) if self.rows is None else dict(zip(self.rows, self.value, strict=True))
-            chosen = [texts[row] for row in rows.tolist()]
-            lost = [text for text in chosen if text not in given]
-            if lost:
-                raise InputError(f"{len(self.value)} clamp values were given, but the batch has a text {lost[0]}")
-            numbers = torch.tensor([given[text] for text in chosen], device=tensor.device, dtype=tensor.dtype)
-            return numbers.reshape((-1,) + (1,) * (dims - 1))
+            numbers = [given[texts[row]] for row in rows.tolist()]
+            return torch.tensor(numbers, device=tensor.device, dtype=tensor.dtype).reshape((-1,) + (1,) * (dims - 1))
 
         # "last" (two index dimensions) meets other rows from one forward pass to the next.
         return make() if dims == 2 else self._kept(("values", tensor.device, tensor.dtype, texts), make)
@@ -280,11 +294,22 @@ class _Edit:
             tensor[at] *= value
 
 
+def _texts(size: int) -> tuple[tuple[int, ...], int]:
+    """The caller's index of each row of the running batch, and how many texts the caller has in all.
+
+    Beam search and several samples per prompt repeat each text.
+    """
+    rows, count = current_rows.get(), text_count.get()
+    if rows is None or count is None or size % len(rows):
+        return tuple(range(size)), size
+    return tuple(text for text in rows for _ in range(size // len(rows))), count
+
+
 def _edit(model: Model, given: Clamp | HeadAblation) -> _Edit:
     arch = model.arch
     if given.positions not in POSITIONS:
         raise InputError(f"positions={given.positions!r}; expected one of {', '.join(POSITIONS)}")
-    rows = None if given.rows is None else [int(row) for row in given.rows]
+    rows = None if given.rows is None else [int(row) for row in _several(given.rows)]
     layer = arch.check_layer(given.layer)
     if isinstance(given, HeadAblation):
         head = arch.check_head(given.head)
@@ -298,10 +323,9 @@ def _edit(model: Model, given: Clamp | HeadAblation) -> _Edit:
     if given.mode not in MODES:
         raise InputError(f"mode={given.mode!r}; expected one of {', '.join(MODES)}")
     arch.site(given.site, layer)  # says so where the family has no gate
-    neurons = [given.neuron] if isinstance(given.neuron, int) else list(given.neuron)
-    if not neurons:
+    columns = [arch.check_neuron(neuron) for neuron in _several(given.neuron)]
+    if not columns:
         raise InputError("no neuron was given; expected at least one index")
-    columns = [arch.check_neuron(int(neuron)) for neuron in neurons]
     value = [0.0] if given.mode == "zero" else _numbers(model, given.value)
     per_row = given.mode != "zero" and not _is_number(given.value)
     if per_row and rows is not None and len(rows) != len(value):
@@ -313,8 +337,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (hasattr(value, "ndim") and value.ndim == 0)
 
 
+def _several(given: Any) -> list[Any]:
+    return [given] if _is_number(given) else list(given)
+
+
 def _numbers(model: Model, value: Any) -> list[float]:
-    numbers = [float(value)] if _is_number(value) else [float(number) for number in value]
+    numbers = [float(number) for number in _several(value)]
     limit = torch.finfo(model.dtype).max
     for number in numbers:
         if not math.isfinite(number) or abs(number) > limit:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,9 +32,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.architectures import Architecture, stored_weight
+from interp.architectures import Architecture, offload_hooks, stored_weight
 from interp.batching import for_each_batch, token_batches
-from interp.errors import InputError, InterpError, ModelError
+from interp.errors import InputError, ModelError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -60,16 +61,17 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the embedding's device."""
-        weight = self.arch.embedding().weight
+        weight: Any = self.arch.embedding().weight
         if not weight.is_meta:
             return weight.device
-        hook = getattr(self.arch.embedding(), "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or "meta")
+        targets = [getattr(hook, "execution_device", None) for hook in offload_hooks(self.arch.embedding())]
+        return torch.device(next((target for target in targets if target is not None), "meta"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
-        return self.arch.embedding().weight.dtype
+        weight: Any = self.arch.embedding().weight
+        return weight.dtype
 
     @property
     def attention(self) -> str:
@@ -119,12 +121,14 @@ class Model:
                 )
         return encoded
 
-    def _encode_one(self, row: int, text: str | Sequence[int], chat: bool) -> list[int]:
+    def _encode_one(self, row: int, text: Any, chat: bool) -> list[int]:
+        if isinstance(text, int):
+            raise InputError(f"text {row} is the number {text}; expected a string or a sequence of token ids")
         if not isinstance(text, str):
             return [int(token) for token in text]
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer; give token ids, or a tokenizer to load_model")
-        if not text.strip() and chat or not text:
+        if not text or (chat and not text.strip()):
             raise InputError(f"text {row} is empty; expected at least one character")
         if not chat:
             return list(self.tokenizer(text)["input_ids"])
@@ -172,8 +176,7 @@ class Model:
         Raises:
             InputError: see `encode`; also when prompt and continuation exceed the context, or the family is an encoder.
         """
-        if not self.arch.family.decoder:
-            raise InputError(f"{self.name} is an encoder ({self.arch.family.name}): it cannot generate text")
+        self._check_generates()
         encoded = self.encode(prompts, chat=chat)
         ids = self.generate_ids(
             encoded,
@@ -200,6 +203,9 @@ class Model:
         progress: bool | str = False,
     ) -> list[list[int]]:
         """As `generate`, from token ids to the continuations' token ids (end token included, padding not)."""
+        self._check_generates()
+        if not encoded:
+            raise InputError("no prompts were given; expected at least one")
         limit, longest = self.arch.n_positions, max(len(ids) for ids in encoded)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1")
@@ -224,6 +230,7 @@ class Model:
                 attention_mask=batch.mask.long(),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.pad_id,
+                **_PLAIN,
                 **settings,
             )[:, batch.input_ids.shape[1] :].tolist()
             for row, ids in zip(batch.rows, rows, strict=True):
@@ -233,6 +240,12 @@ class Model:
         batches = token_batches(encoded, max_tokens=budget, pad_id=self.pad_id, side="left")
         for_each_batch(batches, step, progress=progress, unit="prompt")
         return output
+
+    def _check_generates(self) -> None:
+        if not self.arch.family.decoder:
+            raise InputError(f"{self.name} is an encoder ({self.arch.family.name}): it cannot generate text")
+        if not hasattr(self.hf, "generate"):
+            raise InputError(f"{type(self.hf).__name__} cannot generate text: load the class with the LM head")
 
     def _end_ids(self) -> set[int]:
         ends = getattr(getattr(self.hf, "generation_config", None), "eos_token_id", None)
@@ -251,7 +264,7 @@ class Model:
                 self.hf.set_attn_implementation(before)
 
     def head_logits(self, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        """Logits of final residual vectors: final norm, then LM head."""
+        """What final residual vectors give: final norm, then LM head; Gemma 2's soft cap on the logits is left out."""
         norm = self.arch.final_norm()
         return self.arch.lm_head()(hidden if norm is None else norm(hidden))
 
@@ -265,6 +278,15 @@ class Model:
 
 # Greedy decoding with a generation config that asks for sampling would warn about each of these.
 _NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None}
+# What a checkpoint's own generation config may ask for, and greedy decoding or plain sampling is not.
+_PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
 
 
 def load_model(
@@ -299,7 +321,7 @@ def load_model(
         30
     """
     if isinstance(source, (str, Path)):
-        hf, own_tokenizer, name = _from_source(str(source), device, dtype, attention)
+        hf, own_tokenizer, name = _from_source(str(source), device, dtype, attention, tokenizer is None)
     else:
         hf, own_tokenizer, name = _from_object(source)
         if device is not None and str(device) != "auto":
@@ -342,40 +364,20 @@ def _from_object(source: Any) -> tuple[Any, Any, str]:
 
 
 def _from_source(
-    source: str, device: str | torch.device | None, dtype: str | torch.dtype | None, attention: str | None
+    source: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    attention: str | None,
+    with_tokenizer: bool,
 ) -> tuple[Any, Any, str]:
     spread = str(device) == "auto"
     target = None if spread else _device(device)
     on_cpu = target is not None and target.type == "cpu"
     wanted: Any = _dtype(dtype) if dtype is not None else (torch.float32 if on_cpu else "auto")
-    from interp import resources
+    where, name, options = _locate(source)
+    from transformers import AutoModelForCausalLM
 
-    path, name = Path(source).expanduser(), Path(source).name
-    options: dict[str, Any] = {}
-    if source in resources.RESOURCES:
-        path = resources.fetch(source)
-        _refuse_pickles(path)
-    elif path.suffix == ".gguf":
-        from interp.gguf_checkpoint import check_gguf
-
-        check_gguf(path)
-        options["gguf_file"], path = path.name, path.parent
-    elif path.is_dir():
-        _refuse_pickles(path)
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        names = ", ".join(n for n, r in resources.RESOURCES.items() if r.kind == "model")
-        raise ModelError(
-            f"no model at {source!r}: there is no such folder or .gguf file, and it is not a hub id of the form "
-            f"owner/name; embedded models: {names}"
-        )
-    else:
-        path, name = Path(source), source
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = source if name == source and not Path(source).expanduser().is_dir() and not options else str(path)
-    if source in resources.RESOURCES:
-        where = str(path)
-    auto = _auto_class(where) if not options else AutoModelForCausalLM
+    auto = AutoModelForCausalLM if options else _auto_class(where)
     try:
         hf, info = auto.from_pretrained(
             where,
@@ -387,9 +389,6 @@ def _from_source(
             device_map="auto" if spread else None,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-    except InterpError:
-        raise
     except Exception as error:
         raise _explain(source, error) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -405,7 +404,42 @@ def _from_source(
             del hf.hf_quantizer
         if hasattr(hf.config, "quantization_config"):
             del hf.config.quantization_config
+    tokenizer = _load_tokenizer(where, **options) if with_tokenizer and _may_have_tokenizer(where, options) else None
     return hf if target is None else hf.to(target), tokenizer, name
+
+
+def _locate(source: str) -> tuple[str, str, dict[str, Any]]:
+    """What `from_pretrained` takes (a folder or a hub id), the model's name, and the options of a GGUF file."""
+    from interp import resources
+
+    path = Path(source).expanduser()
+    if source in resources.RESOURCES:
+        folder = resources.fetch(source)
+        _refuse_pickles(folder)
+        return str(folder), source, {}
+    if path.suffix == ".gguf":
+        from interp.gguf_checkpoint import check_gguf
+
+        check_gguf(path)
+        return str(path.parent), path.name, {"gguf_file": path.name}
+    if path.is_dir():
+        _refuse_pickles(path)
+        return str(path), path.resolve().name, {}
+    if path.is_file():
+        raise ModelError(f"{source!r} is a file, but not a .gguf file; give the folder that holds config.json")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        names = ", ".join(n for n, r in resources.RESOURCES.items() if r.kind == "model")
+        raise ModelError(
+            f"no model at {source!r}: there is no such folder or .gguf file, and it is not a hub id of the form "
+            f"owner/name; embedded models: {names}"
+        )
+    return source, source, {}
+
+
+def _may_have_tokenizer(where: str, options: dict[str, Any]) -> bool:
+    """False for a folder without tokenizer files: it gives a model that takes token ids alone."""
+    signs = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+    return bool(options) or not Path(where).is_dir() or any(any(Path(where).glob(sign)) for sign in signs)
 
 
 def _auto_class(where: str) -> Any:
@@ -424,14 +458,21 @@ def _auto_class(where: str) -> Any:
     return AutoModelForMaskedLM if any("MaskedLM" in name for name in classes) else AutoModel
 
 
-def _explain(source: str, error: Exception) -> ModelError:
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    chain = f"{error!r} {error.__cause__!r} {error.__context__!r}".lower()
-    offline = any(word in chain for word in ("connect", "offline", "resolve", "network", "timed out", "unreachable"))
-    if offline and not Path(source).exists():
+_NO_NETWORK = ("couldn't connect", "connection", "offline", "resolution", "getaddrinfo", "timed out", "unreachable")
+
+
+def _explain(source: str, error: BaseException) -> ModelError:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    text = f"{type(error).__name__}: {lines[0]}"[:300]
+    chain = ""
+    cause: BaseException | None = error
+    while cause is not None and len(chain) < 10_000:
+        chain += f" {cause!r}".lower()
+        cause = cause.__cause__ or cause.__context__
+    if not Path(source).exists() and any(sign in chain for sign in _NO_NETWORK):
         return ModelError(
-            f"cannot reach the hub for {source!r} and it is not in the local cache ({text}). Without a network use the "
-            f"embedded model, load_model({DEFAULT_MODEL!r}), or a local folder or .gguf file"
+            f"there is no folder {source!r}, the hub cannot be reached, and it is not in the local cache ({text}). Without "
+            f"a network use the embedded model, load_model({DEFAULT_MODEL!r}), or a local folder or .gguf file"
         )
     return ModelError(f"cannot load {source!r}: {text}")
 
@@ -450,11 +491,11 @@ def _refuse_pickles(folder: Path) -> None:
     raise ModelError(f"{folder} has no weights: expected *.safetensors")
 
 
-def _load_tokenizer(source: str) -> Any:
+def _load_tokenizer(source: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         raise _explain(source, error) from error
 
@@ -503,23 +544,25 @@ def self_check(model: Model) -> None:
     arch = model.arch
     if model.device.type == "meta":
         return
+    bad = non_finite_weights(model.hf)
+    if bad:
+        raise ModelError(f"{model.name} has NaN or infinite values in {bad}")
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         return lambda tensor: seen.__setitem__(name, tensor.detach())
 
-    names = [name for name in ("up", "hidden", "pattern") if name != "pattern" or arch.n_layers]
-    handles = [arch.site(name, 0).attach(keep(name)) for name in names]
     ids = torch.arange(1, 7, device=model.device).remainder(arch.vocab_size)[None]
-    try:
-        with model.attention_implementation("eager"):
-            output = model.hf(input_ids=ids, **({"use_cache": False} if arch.family.decoder else {}))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        for name in ("up", "hidden", "pattern"):
+            stack.callback(arch.site(name, 0).attach(keep(name)).remove)
+        stack.enter_context(model.attention_implementation("eager"))
+        output = model.hf(input_ids=ids, **({"use_cache": False} if arch.family.decoder else {}))
     last = output.logits if hasattr(output, "logits") else output[0]
     if not torch.isfinite(last).all():
-        raise ModelError(f"{model.name} gives outputs that are not finite; {non_finite_weights(model.hf)}")
+        raise ModelError(
+            f"{model.name} gives outputs that are not finite, though its weights are: it overflows; try dtype='float32'"
+        )
     for name in ("up", "hidden"):
         if seen[name].shape[-1] != arch.d_mlp:
             path = arch.family.up if name == "up" else arch.family.down
@@ -538,38 +581,59 @@ def self_check(model: Model) -> None:
 
 
 def non_finite_weights(hf: nn.Module) -> str:
-    """A sentence naming the first tensors with NaN or infinite values."""
-    names = [
-        name for name, tensor in hf.named_parameters() if not tensor.is_meta and not torch.isfinite(tensor).all().item()
-    ]
-    if not names:
-        return "all weights are finite, so it overflows: try dtype='float32'"
+    """The names of the first tensors with NaN or infinite values; empty if there are none."""
+    names = [name for name, tensor in _stored_parameters(hf) if tensor.is_floating_point() and not _is_finite(tensor)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"NaN or infinite values in {', '.join(names[:3])}{more}"
+    return ", ".join(names[:3]) + more
 
 
-def fingerprint(hf: nn.Module) -> str:
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())  # one pass, no copy; both are NaN if any value is
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _stored_parameters(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under every name it has, read from where accelerate offloaded it."""
+    for module_name, module in hf.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            with contextlib.suppress(ModelError):  # no values to read on the meta device
+                tensor = stored_weight(module, name)
+            yield f"{module_name}.{name}", tensor
+
+
+_CHUNK = 2**22  # numbers of a weight that are read at a time
+
+# Entries of a config that differ between two copies of one model.
+_VOLATILE = {"_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "architectures"}
+
+
+def _stable(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {str(key): _stable(value) for key, value in config.items() if key not in _VOLATILE}
+
+
+def fingerprint(hf: Any) -> str:
     """16 hex digits of a module's config and weights.
 
     Every tensor enters with its name, shape, dtype and the integer sums of its bit patterns along both axes, so that a
     change of a single value changes the result; reading the weights once is all it costs.
     """
     digest = hashlib.sha256()
-    config = hf.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for module_name, module in hf.named_modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            with contextlib.suppress(ModelError):  # no values to read on the meta device
-                tensor = stored_weight(module, name)
-            digest.update(f"{module_name}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if not tensor.is_meta:
-                integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-                bits = tensor.detach().contiguous().view(integers)
-                bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() > 1 else bits.reshape(1, -1)
-                for axis in (0, 1):
-                    digest.update(bits.sum(axis, dtype=torch.int64).cpu().numpy().tobytes())
+    digest.update(json.dumps(_stable(hf.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, tensor in _stored_parameters(hf):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta:
+            integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            bits = tensor.detach().contiguous().view(integers)
+            bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() > 1 else bits.reshape(1, -1)
+            columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
+            for rows in bits.split(max(1, _CHUNK // max(1, bits.shape[1]))):  # summing widens what it reads
+                columns += rows.sum(0, dtype=torch.int64)
+                digest.update(rows.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
+            digest.update(columns.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

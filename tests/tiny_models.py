@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-WORDS = "the a of is in water money music dog animal cat tea red sea king code sun old new keys".split()
+WORDS = ["the", "a", "of", "is", "in", "water", "money", "music", "dog", "animal", "cat", "tea"]
+WORDS += ["red", "sea", "king", "code", "sun", "old", "new", "keys"]
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 VOCAB = [*SPECIAL, "dog", "Dog", "▁dogs", "▁Dog", *(f"▁{word}" for word in WORDS), "?", ".", "!", "<script>", "\x07"]
 VOCAB += [f"▁w{i}" for i in range(64 - len(VOCAB))]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -149,7 +150,7 @@ class Atlas(Result):
         hit = np.isin(self._ids, wanted.token_ids)
         scores = np.where(hit, self._probabilities, 0).sum(1, dtype=np.float64)
         rows = np.flatnonzero(hit.any(1))
-        rows = rows[np.argsort(-scores[rows], kind="stable")][:top]
+        rows = rows[np.argsort(-scores[rows], kind="stable")][:top].tolist()
         best = hit[rows].argmax(1)
         neurons = self.neurons.iloc[rows]
         result = pd.DataFrame(
@@ -176,7 +177,7 @@ class Atlas(Result):
     def _texts(self, row: int) -> list[str]:
         return self.frame["token"].iloc[row * self.top_k : (row + 1) * self.top_k].astype(str).tolist()
 
-    def card(self, layer: int, neuron: int, sign: int = 1) -> pd.DataFrame:
+    def card(self, layer: SupportsIndex, neuron: SupportsIndex, sign: SupportsIndex = 1) -> pd.DataFrame:
         """One neuron's rows of the frame.
 
         Raises:
@@ -185,8 +186,9 @@ class Atlas(Result):
         at = self._row(layer, neuron, sign)
         return self.frame.iloc[at * self.top_k : (at + 1) * self.top_k].reset_index(drop=True)
 
-    def _row(self, layer: int, neuron: int, sign: int) -> int:
+    def _row(self, layer: SupportsIndex, neuron: SupportsIndex, sign: SupportsIndex) -> int:
         table = self.neurons
+        layer, neuron, sign = index(layer), index(neuron), index(sign)
         rows = np.flatnonzero((table["layer"] == layer) & (table["neuron"] == neuron) & (table["sign"] == sign))
         if len(rows) == 0:
             layers, size = sorted(set(table["layer"])), int(table["neuron"].max()) + 1
@@ -208,7 +210,9 @@ class Atlas(Result):
             shape=(n, int(self._ids.max()) + 1),
         )
 
-    def nearest(self, layer: int, neuron: int, sign: int = 1, top: int = 10) -> pd.DataFrame:
+    def nearest(
+        self, layer: SupportsIndex, neuron: SupportsIndex, sign: SupportsIndex = 1, top: int = 10
+    ) -> pd.DataFrame:
         """Neurons that decode most like a given one: cosine of their top-k probability vectors.
 
         Returns:
@@ -229,7 +233,7 @@ class Atlas(Result):
                 similarity=similarity[rows],
                 token=table["token"].astype(str).to_numpy(),
                 probability=table["probability"].to_numpy(),
-                tokens=[" ".join(map(repr, self._texts(at)[:_TOP])) for at in rows],
+                tokens=[" ".join(map(repr, self._texts(at)[:_TOP])) for at in rows.tolist()],
             )
         )
 
@@ -265,7 +269,7 @@ class Atlas(Result):
             )
         return pd.DataFrame(rows)
 
-    def coverage(self, threshold: float = 0.5) -> dict[str, float]:
+    def coverage(self, threshold: float = 0.5) -> dict[str, Any]:
         """Which share of the vocabulary has a neuron of its own.
 
         Args:

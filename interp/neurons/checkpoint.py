@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from interp.architectures import Family, family_of
 from interp.errors import InputError, ModelError
 from interp.neurons.atlas import ATLAS_COLUMNS, Atlas, atlas_frame
-from interp.neurons.decoding import DecodeOptions, check_options, checked, decode_layer, vocabulary_of
+from interp.neurons.decoding import DecodeOptions, atlas_parameters, check_options, checked, decode_layer, vocabulary_of
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 
@@ -81,8 +81,7 @@ def decode_checkpoint(
     check_options(options, weights, weights.vocab_size, chosen)
     weights.require(site, chosen)
     tokenizer_json, tokens = weights.vocabulary()
-    parameters = {**options.__dict__, "signs": list(options.signs), "layers": chosen, "n_layers": weights.n_layers}
-    parameters |= {"d_mlp": weights.d_mlp, "vocab_size": weights.vocab_size}
+    parameters = atlas_parameters(options, weights, chosen, weights.vocab_size)
     described = SimpleNamespace(
         name=weights.folder.name, fingerprint=weights.fingerprint, dtype=weights.dtype, attention=None, device=device
     )

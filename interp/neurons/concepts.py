@@ -98,7 +98,7 @@ def find_concept(
             kept.setdefault(ids[0], token(ids[0]))
         else:
             dropped[spelling] = tuple(token(i) for i in ids)
-    if given[0] in dropped and (not variants or not kept):
+    if not kept:
         pieces = ", ".join(repr(piece) for piece in dropped[given[0]])
         raise InputError(
             f"concept {given[0]!r} is not a single token of this tokenizer; its pieces are {pieces}. Give a word that is one "

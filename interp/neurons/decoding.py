@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ DEFAULT_BUDGET = 96 * 2**20
 _HEAD_TILE = 4096  # vocabulary rows that are turned to float32 at a time
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Where decoding reads from: a loaded model, or a checkpoint on disk."""
 
@@ -87,6 +88,7 @@ def decode(
     sample: int | None = None,
     shuffle: bool = False,
     seed: int = 0,
+    head_from: Model | None = None,
     memory_budget: int = DEFAULT_BUDGET,
     progress: bool | str = True,
 ) -> Atlas:
@@ -103,6 +105,7 @@ def decode(
         sample: decode only this many neurons of each layer, drawn at random with `seed`.
         shuffle: the control: permute each neuron's weights before decoding, with `seed`.
         seed: for `sample` and `shuffle`.
+        head_from: decode through this model's final norm and LM head instead, to compare two models' neurons alone.
         memory_budget: bytes of logits held at a time; the default is also close to the fastest.
         progress: a progress bar on stderr; a string is its description.
 
@@ -120,12 +123,13 @@ def decode(
         >>> atlas.find(" water", top=3)                                # doctest: +SKIP
     """
     start = time.perf_counter()
-    weights = ModelWeights(model)
+    weights = ModelWeights(model, head_from)
     options = DecodeOptions(site, norm, tuple(signs), top_k, bias, sample, shuffle, seed)
     if site == "gate":
         model.arch.gate_proj(0)  # says so where the family has none
     chosen = list(range(model.arch.n_layers)) if layers is None else [model.arch.check_layer(layer) for layer in layers]
-    check_options(options, weights, model.arch.vocab_size, chosen)
+    vocab_size = weights.head().shape[0]
+    check_options(options, weights, vocab_size, chosen)
     parts = []
     description = progress if isinstance(progress, str) else f"decode {site}"
     total = len(chosen) * min(weights.d_mlp, sample or weights.d_mlp)
@@ -133,9 +137,9 @@ def decode(
         head = checked(weights.head(), "LM head")
         for layer in chosen:
             parts.append(decode_layer(weights, head, layer, options, memory_budget, bar))
-    tokenizer_json, tokens = vocabulary_of(model.tokenizer, model.arch.vocab_size)
-    parameters = {**options.__dict__, "signs": list(options.signs), "layers": chosen, "n_layers": model.arch.n_layers}
-    parameters |= {"d_mlp": model.arch.d_mlp, "vocab_size": model.arch.vocab_size}
+    tokenizer_json, tokens = vocabulary_of((head_from or model).tokenizer, vocab_size)
+    parameters = atlas_parameters(options, weights, chosen, vocab_size)
+    parameters["head_from"] = head_from.fingerprint if head_from is not None else None
     return Atlas(
         kind="neurons.atlas",
         frame=atlas_frame(parts, tokens),
@@ -157,6 +161,14 @@ class DecodeOptions:
     sample: int | None = None
     shuffle: bool = False
     seed: int = 0
+
+
+def atlas_parameters(
+    options: DecodeOptions, weights: Weights, layers: Sequence[int], vocab_size: int
+) -> dict[str, Any]:
+    """What an atlas's provenance says about how it was made."""
+    sizes = {"layers": list(layers), "n_layers": weights.n_layers, "d_mlp": weights.d_mlp, "vocab_size": vocab_size}
+    return {**options.__dict__, "signs": list(options.signs), **sizes}
 
 
 def check_options(options: DecodeOptions, weights: Weights, vocab_size: int, layers: Sequence[int]) -> None:
@@ -322,14 +334,20 @@ def vocabulary_of(tokenizer: Any, size: int) -> tuple[str | None, list[str]]:
 class ModelWeights:
     """A loaded model as a source of weights."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, head_from: Model | None = None) -> None:
         self.arch = model.arch
+        self.head_arch = (head_from or model).arch
+        if self.head_arch.d_model != self.arch.d_model:
+            raise InputError(
+                f"head_from has d_model={self.head_arch.d_model}, the model {self.arch.d_model}: its LM head does not fit"
+            )
         self.n_layers, self.d_mlp = model.arch.n_layers, model.arch.d_mlp
-        self.layer_norm = model.arch.family.norm == "layer"
-        self.device = model.device
+        self.layer_norm = self.head_arch.family.norm == "layer"
+        self.device = self.head().device
+        norm = self.head_arch.final_norm()
         self._final = tuple(
-            None if part is None else part.to(self.head().device)
-            for part in (self.arch.norm_gain(self.arch.final_norm()), self.arch.norm_bias(self.arch.final_norm()))
+            None if part is None else part.to(self.device)
+            for part in (self.head_arch.norm_gain(norm), self.head_arch.norm_bias(norm))
         )
 
     def rows(self, site: str, layer: int, neurons: slice | Tensor) -> Tensor:
@@ -340,11 +358,11 @@ class ModelWeights:
 
     def head(self) -> Tensor:
         """The LM head's matrix."""
-        return self.arch.head_weight()
+        return self.head_arch.head_weight()
 
     def head_bias(self) -> Tensor | None:
         """The LM head's bias."""
-        bias = getattr(self.arch.lm_head(), "bias", None)
+        bias = getattr(self.head_arch.lm_head(), "bias", None)
         return None if bias is None else bias.detach().float()
 
     def final_norm(self) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _FOLDER = Path(__file__).parent
+# plotly.js compiles shaders for these at run time, which the policy forbids; SVG draws the same picture.
+_DRAWN_WITHOUT_EVAL = {"scattergl": "scatter", "scatterpolargl": "scatterpolar"}
+_NOT_OFFLINE = frozenset({"splom", "parcoords", "choropleth", "scattergeo"})  # and every kind of map
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def write_report(
             heading = section.title
         else:  # the item's own title is the heading
             heading = blocks[0].title
-            blocks = [_without_title(blocks[0])]
+            blocks = [replace(blocks[0], title="")]
         sections.append(
             {
                 "title": heading or f"Part {index + 1}",
@@ -149,32 +152,36 @@ def _block(item: object, rows: int, where: str) -> _Block:
             raise
         return _Block(
             title=item.kind + (f" · {item.provenance.model}" if item.provenance.model else ""),
-            figure=None if figure is None else _figure_json(figure),
+            figure=None if figure is None else _figure_json(figure, where),
             height=_height(figure),
             table=Markup(table_html(item.frame, rows)),
             columns=item.columns,
             provenance=_provenance(item),
         )
     if isinstance(item, go.Figure):
-        return _Block(title=_plain(item.layout.title.text or ""), figure=_figure_json(item), height=_height(item))
+        title = _plain(item.layout.title.text or "")
+        return _Block(title=title, figure=_figure_json(item, where), height=_height(item))
     if isinstance(item, pd.DataFrame):
         return _Block(table=Markup(table_html(item, rows)))
     expected = "a Result, a plotly Figure, a DataFrame or a Section"
     raise InputError(f"{where} of the report is a {type(item).__name__}; expected {expected}")
 
 
-def _without_title(block: _Block) -> _Block:
-    return _Block(**{**vars(block), "title": ""})
-
-
-def _figure_json(figure: "go.Figure") -> Markup:
+def _figure_json(figure: "go.Figure", where: str) -> Markup:
     """The figure as JSON that can stand in a script element."""
     import plotly.io
 
-    text = plotly.io.to_json(figure, validate=False, engine="json")
-    for character in "<>&\u2028\u2029":
+    content = json.loads(plotly.io.to_json(figure, validate=False, engine="json"))
+    for trace in content["data"]:
+        kind = trace.get("type", "scatter")
+        if kind in _DRAWN_WITHOUT_EVAL:
+            trace["type"] = _DRAWN_WITHOUT_EVAL[kind]
+        elif kind in _NOT_OFFLINE or "map" in kind.removeprefix("heatmap").removeprefix("treemap"):
+            raise InputError(f"{where} of the report has a {kind} trace, which cannot be drawn offline; choose another")
+    text = json.dumps(content, separators=(",", ":"))  # ASCII: everything else is escaped already
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text.encode("ascii", "backslashreplace").decode() if not text.isascii() else text)
+    return Markup(text)
 
 
 def _height(figure: "go.Figure | None") -> int:

@@ -197,6 +197,15 @@ def test_a_plot_that_fails_says_where(result: Result, tmp_path: Path, monkeypatc
     assert "while drawing item 0" in caught.value.__notes__[0]
 
 
+def test_traces_that_cannot_be_drawn_offline(tmp_path: Path) -> None:
+    path = write_report([go.Figure([go.Scattergl(y=[1, 2]), go.Heatmap(z=[[1]]), go.Treemap()])], tmp_path / "r.html")
+    (block,) = Elements(path.read_text(encoding="utf-8")).scripts[:1]
+    assert [trace["type"] for trace in json.loads(block)["data"]] == ["scatter", "heatmap", "treemap"]
+    for trace in (go.Splom(), go.Choropleth(), go.Scattermap(), go.Densitymap()):
+        with pytest.raises(InputError, match=f"{trace.type} trace, which cannot be drawn offline"):
+            write_report([go.Figure(trace)], tmp_path / "r.html")
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

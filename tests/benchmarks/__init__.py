@@ -1,0 +1,14 @@
+"""Speed and memory against other tools, as ratios measured in one run: `python -m tests.benchmarks` (`make bench`).
+
+    table.py       a row, the printed table, reports/bench.json
+    timing.py      paired, interleaved timing
+    memory.py      peak memory of one call in a fresh process
+    decoding.py    neurons: decode against the bare matrix products and TransformerLens
+    checkpoint.py  neurons: one layer of Llama-3.1-8B's shape from disk
+    generation.py  neurons: clamped generation against Hugging Face, TransformerLens and nnsight
+    activations.py neurons: activation statistics against TransformerLens
+    imports.py     core: `import interp`, `interp --help`
+
+A subject is a module with `SUITE` and `run(quick) -> list[Row]`; a new one is named in `__main__.SUBJECTS`. Nothing here
+asserts a time: a target that is missed is a row that says so.
+"""
