@@ -147,6 +147,7 @@ def test_every_family_site_and_mode_in_forward_and_generate(models: Any, family:
     changed = 0
     modes = MODES if family in ("llama", "gpt2", "phi3") else ("set", "scale")
     plain = [oracle_tokens(model, family, ids, [], new=3) for ids in encoded]
+    logits = oracle_logits(model, family, encoded[0], [])
     for site in sites(family):
         for mode in modes:
             given = Clamp(1, 3, VALUES[mode], site, mode, positions)
@@ -158,8 +159,8 @@ def test_every_family_site_and_mode_in_forward_and_generate(models: Any, family:
                 expected = oracle_logits(model, family, ids, [(given, given.value)])
                 torch.testing.assert_close(probe.tensors["logits", -1][row], expected, rtol=1e-3, atol=1e-3)
                 assert tokens[row] == oracle_tokens(model, family, ids, [(given, given.value)], new=3), (site, mode)
-            changed += tokens != plain
-    assert changed, "no clamp changed a token: the test would see nothing"
+            changed += tokens != plain or not torch.allclose(probe.tensors["logits", -1][0], logits, atol=1e-2)
+    assert changed, "no clamp changed anything: the test would see nothing"
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

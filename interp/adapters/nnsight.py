@@ -25,7 +25,6 @@ A model that does not fit here (`remote=True` runs on NDIF and needs a network, 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,7 +97,7 @@ def to_nnsight(model: Model) -> Any:
 def unwrap(source: Any) -> tuple[nn.Module, Any]:
     """The module inside an nnsight model, itself and not a copy, and its tokenizer (or `None`).
 
-    A model that was built without weights (on the meta device, as `TransformersModel("owner/name")` is) loads them now.
+    A model without weights (on the meta device, as `TransformersModel("owner/name")` is at first) loads them now.
 
     Raises:
         ModelError: the model carries edits (`model.edit(inplace=True)`), which the engine would leave out.
@@ -122,10 +121,6 @@ def remote_model(hub_id: str, *, revision: str | None = None, **options: Any) ->
 
     Raises:
         ModelError: config or tokenizer cannot be read, for example without a network.
-
-    Example:
-        >>> nn_model = remote_model("owner/name")                                      # doctest: +SKIP
-        >>> tensors = capture(nn_model, "The water", [("hidden", 60)], remote=True)    # doctest: +SKIP
     """
     from nnsight import TransformersModel
     from transformers import AutoTokenizer
@@ -151,10 +146,6 @@ def locate(source: Any, site: str, layer: int = -1) -> Place:
 
     Raises:
         InputError: an unknown site, a layer out of range, or a site that the family has not.
-
-    Example:
-        >>> locate(nn_model, "hidden", 3)                              # doctest: +SKIP
-        Place(path='model.layers.3.mlp.down_proj', side='input', index=0, columns=None)
     """
     found = Architecture(source._module).site(site, layer)
     paths = {id(module): path for path, module in source._module.named_modules()}
@@ -193,13 +184,11 @@ def remote_request(
     """What `capture(…, remote=True)` would send, built without sending it: to see that it can be, and how large it is.
 
     Args:
-        source: a `TransformersModel`, usually from `remote_model`.
-        prompt, sites: as in `capture`.
+        source, prompt, sites: as in `capture`; the model is usually one from `remote_model`.
         model_key: the model's name on the server. By default nnsight makes it, and asks the hub for the id's spelling.
 
     Returns:
-        nnsight's `RequestModel` (model key, compression, environment) and the payload: the source of the trace body, the
-        prompt's ids, and modules by name. No weights.
+        nnsight's `RequestModel` and the payload: the trace body's source, the prompt's ids, modules by name; no weights.
     """
     from nnsight.intervention.backends.remote import RemoteBackend
     from nnsight.schema.request import RequestModel
@@ -242,13 +231,13 @@ def generate_clamped(
         raise InputError(f"site {clamp.site!r} cannot be clamped; expected one of {', '.join(NEURON_SITES)}")
     if clamp.mode not in ("set", "add", "scale", "zero") or clamp.positions not in _STEPS:
         raise InputError(f"mode={clamp.mode!r}, positions={clamp.positions!r}; expected those of interp.clamp")
-    if clamp.rows is not None or not isinstance(clamp.value, (int, float)) or not math.isfinite(clamp.value):
-        raise InputError("one prompt with one finite value is expected here; for several use interp.intervene")
+    value = torch.as_tensor(0.0 if clamp.mode == "zero" else clamp.value)
+    if clamp.rows is not None or value.dim() or not value.isfinite() or torch.as_tensor(clamp.neuron).numel() == 0:
+        raise InputError("one prompt, one finite value and at least one neuron are expected; else use interp.intervene")
     place, arch = locate(source, clamp.site, clamp.layer), Architecture(source._module)
     start = 0 if place.columns is None else place.columns.start or 0
-    neurons = [clamp.neuron] if isinstance(clamp.neuron, int) else clamp.neuron
-    columns = [start + arch.check_neuron(int(neuron)) for neuron in neurons]
-    edit = (clamp.mode, columns, 0.0 if clamp.mode == "zero" else float(clamp.value), clamp.positions == "last")
+    columns = [start + arch.check_neuron(neuron) for neuron in torch.as_tensor(clamp.neuron).reshape(-1).tolist()]
+    edit = (clamp.mode, columns, value.item(), clamp.positions == "last")
     ids, envoy = _inputs(source, prompt), _envoys(source)[place.path]
     with _explained(remote), warnings.catch_warnings():
         # An open-ended loop always asks for one step more than there is, which nnsight reports.
@@ -302,8 +291,7 @@ def _trace(
                 value = value.logits
             if isinstance(value, tuple):
                 value = value[index]
-            # A copy: the model may go on to change the tensor in place.
-            found.append((value if columns is None else value[..., columns]).clone())
+            found.append((value if columns is None else value[..., columns]).clone())  # it may yet be changed in place
     return found
 
 

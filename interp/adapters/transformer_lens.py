@@ -107,8 +107,8 @@ def clamp_hooks(clamp: Clamp, gated: bool = True) -> list[tuple[str, Callable[..
         raise InputError(f"mode={clamp.mode!r}; expected one of set, add, scale, zero")
     if clamp.positions != "all":
         raise InputError(f"positions={clamp.positions!r} is not possible in a TransformerLens hook; use interp.clamp")
-    neurons = [clamp.neuron] if isinstance(clamp.neuron, int) else [int(neuron) for neuron in clamp.neuron]
-    if not neurons or min(neurons) < 0:
+    neurons = torch.as_tensor(clamp.neuron).reshape(-1)
+    if neurons.is_floating_point() or neurons.numel() == 0 or neurons.min() < 0:
         raise InputError(f"neuron={clamp.neuron!r}; expected one index or several, counted from 0")
     values = torch.as_tensor(0.0 if clamp.mode == "zero" else clamp.value, dtype=torch.float64)
     if not torch.isfinite(values).all():
@@ -122,8 +122,7 @@ def clamp_hooks(clamp: Clamp, gated: bool = True) -> list[tuple[str, Callable[..
                 raise InputError(f"{len(value)} clamp values were given for {len(rows)} texts; give one per text")
             value = value[:, None, None]
         new = tensor.clone()
-        at = (torch.tensor(rows)[:, None], slice(None), torch.tensor(neurons)[None])  # (row, neuron, position)
-        value = value.expand(len(rows), 1, 1) if value.dim() else value
+        at = (torch.tensor(rows)[:, None], slice(None), neurons[None])  # separated by a slice: (row, neuron, position)
         if clamp.mode == "add":
             new[at] += value
         elif clamp.mode == "scale":

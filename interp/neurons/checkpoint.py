@@ -1,7 +1,8 @@
 """Decode a safetensors checkpoint layer by layer, without ever building the model.
 
-1. Headers of all files are read and checked: every tensor's bytes must lie within its file.
+1. Headers of all files are read and checked: the tensors must fill their file without gaps or overlaps.
 2. The family's table row (`interp.architectures`) says which tensors are needed: one layer's up, gate or down, norms, head.
+   Their names, shapes and dtypes are checked before anything is written.
 3. The LM head is memory-mapped once; of everything else only the rows of the running chunk are in memory. A Llama-3.1-8B
    or 70B folder needs its LM head and a few hundred megabytes.
 4. One Parquet shard per layer. After a kill the next call goes on with the missing layers, and the result is identical to
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -30,13 +34,17 @@ from interp.neurons.decoding import DecodeOptions, atlas_parameters, check_optio
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 
-CHECKPOINT_BUDGET = 128 * 2**20
-_DTYPES = {
+CHECKPOINT_BUDGET = 96 * 2**20
+_MAPPED = 16 * 2**20  # bytes of a projection that are mapped at a time, where its columns are read
+_HEAD_ROWS = 256  # rows of the LM head that are checked at a time: summing half precision makes a float32 copy
+_DTYPES: dict[str, tuple[torch.dtype, Any]] = {
     "F32": (torch.float32, np.float32),
     "F16": (torch.float16, np.float16),
     "BF16": (torch.bfloat16, np.int16),
     "F64": (torch.float64, np.float64),
 }
+# Where a config leaves out tie_word_embeddings, its model type's default counts: True for these.
+_TIED = {"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2"}
 
 
 def decode_checkpoint(
@@ -74,52 +82,53 @@ def decode_checkpoint(
         ModelError: no safetensors, a truncated or damaged file, a missing tensor, an unknown family, NaN or infinite weights.
         ResultError: `out` belongs to another run.
     """
-    weights = CheckpointWeights(Path(folder).expanduser(), torch.device(device))
+    try:
+        device = str(torch.empty(0, device=device).device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    weights = CheckpointWeights(Path(folder).expanduser().absolute(), torch.device(device))
     options = DecodeOptions(site, norm, tuple(signs), top_k, bias, sample, shuffle, seed)
     every = range(weights.n_layers)
     chosen = list(every) if layers is None else [_layer(layer, weights.n_layers) for layer in layers]
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"layers={list(layers or ())} names a layer twice")
     check_options(options, weights, weights.vocab_size, chosen)
-    weights.require(site, chosen)
+    weights.require(options, chosen)
     tokenizer_json, tokens = weights.vocabulary()
-    parameters = atlas_parameters(options, weights, chosen, weights.vocab_size)
     described = SimpleNamespace(
         name=weights.folder.name, fingerprint=weights.fingerprint, dtype=weights.dtype, attention=None, device=device
     )
+    units = {f"layer-{layer:03d}": layer for layer in chosen}
     run = ShardedRun(
-        out,
+        Path(out).expanduser(),
         kind="neurons.atlas",
         columns=ATLAS_COLUMNS,
-        provenance=Provenance.collect(described, seed=seed, parameters=parameters),
-        units=[f"layer-{layer:03d}" for layer in chosen],
+        provenance=Provenance.collect(
+            described, seed=seed, parameters=atlas_parameters(options, weights, chosen, weights.vocab_size)
+        ),
+        units=list(units),
         attachments={} if tokenizer_json is None else {"tokenizer": tokenizer_json},
     )
-    missing = set(run.missing())
-    todo = [layer for layer in chosen if f"layer-{layer:03d}" in missing]
     per_layer = min(weights.d_mlp, sample or weights.d_mlp)
     description = progress if isinstance(progress, str) else f"decode {site} of {weights.folder.name}"
-    bar = tqdm(
-        total=len(chosen) * per_layer,
-        initial=(len(chosen) - len(todo)) * per_layer,
-        desc=description,
-        unit="neuron",
-        disable=not progress,
-        leave=False,
-    )
-    with bar:
-        if todo:
-            head = checked(weights.head(), weights.head_name)
-        for layer in todo:
-            part = decode_layer(weights, head, layer, options, memory_budget, bar)
-            run.write(f"layer-{layer:03d}", atlas_frame([part], tokens))
+    with tqdm(total=len(chosen) * per_layer, desc=description, unit="neuron", disable=not progress, leave=False) as bar:
+        head: Tensor | None = None
+        for unit, layer in units.items():
+            if unit not in run.missing():  # asked every time: another process may have made it meanwhile
+                bar.update(per_layer)
+                continue
+            head = weights.head() if head is None else head
+            run.write(unit, atlas_frame([decode_layer(weights, head, layer, options, memory_budget, bar)], tokens))
+    del head  # the whole atlas comes into memory now
     result = run.finish()
     assert isinstance(result, Atlas)
     return result
 
 
-def _layer(layer: int, n_layers: int) -> int:
-    if not -n_layers <= layer < n_layers:
-        raise InputError(f"layer {layer} is out of range: the checkpoint has {n_layers} layers (0 … {n_layers - 1})")
-    return layer % n_layers
+def _layer(layer: SupportsIndex, n_layers: int) -> int:
+    if not hasattr(layer, "__index__") or not -n_layers <= operator.index(layer) < n_layers:
+        raise InputError(f"layer {layer!r} is out of range: the checkpoint has {n_layers} layers (0 … {n_layers - 1})")
+    return operator.index(layer) % n_layers
 
 
 class CheckpointWeights:
@@ -130,125 +139,122 @@ class CheckpointWeights:
         self.config = _read_config(folder)
         self.family: Family = family_of(self.config)
         if not self.family.decoder:
-            raise ModelError(
-                f"{folder.name} is an encoder ({self.family.name}): it has no causal LM head to decode through"
-            )
+            raise ModelError(f"{folder.name} is an encoder ({self.family.name}): it has no LM head to decode through")
         self.tensors = read_headers(folder)
         self.prefix, self.n_layers = self._find_layers()
         self.layer_norm = self.family.norm == "layer"
         self.head_name = self._find_head()
-        self.vocab_size, self.d_model = self.tensors[self.head_name].shape
-        shape = self._tensor("up", 0).shape
-        wide = shape[1] if self.family.transposed else shape[0]
-        self.d_mlp = wide // 2 if self.family.fused else wide
-        self.dtype = str(self._tensor("up", 0).dtype)
+        self.vocab_size, self.d_model = self._get(self.head_name, None, None).shape
+        up = self._get(f"{self.prefix}0.{self.family.up}.weight", None, None)
+        self.d_mlp = up.shape[1 if self.family.transposed else 0] // (2 if self.family.fused else 1)
+        self.dtype = str(up.dtype)
 
     def _find_layers(self) -> tuple[str, int]:
         """The prefix of layer tensors, such as "model.layers.", and the number of layers."""
-        pattern = re.compile(rf"^((?:.*\.)?)(\d+)\.{re.escape(self.family.up)}\.weight$")
-        found: dict[str, set[int]] = {}
-        for name in self.tensors:
-            match = pattern.match(name)
-            if match:
-                found.setdefault(match[1], set()).add(int(match[2]))
-        known = [prefix for prefix in found if prefix.rstrip(".") in self.family.layers] or [
-            prefix for prefix in found if "vision" not in prefix
-        ]
+        pattern = re.compile(rf"^((?:.*\.)?)\d+\.{re.escape(self.family.up)}\.weight$")
+        found = [match[1] for match in map(pattern.match, self.tensors) if match]
+        usual = {prefix for prefix in found if prefix.rstrip(".") in self.family.layers}
+        known = usual or {prefix for prefix in found if "vision" not in prefix}
         if len(known) != 1:
             raise ModelError(
-                f"{self.folder} has no tensors named like {self.family.layers[0]}.0.{self.family.up}.weight, which a "
-                f"{self.family.name} checkpoint has"
+                f"{self.folder} has {'several sets of' if known else 'no'} tensors named like "
+                f"{self.family.layers[0]}.0.{self.family.up}.weight, of which a {self.family.name} checkpoint has one"
             )
-        layers = found[known[0]]
-        expected = (
-            getattr(self.config, "num_hidden_layers", None) or getattr(self.config, "n_layer", None) or len(layers)
-        )
-        lost = sorted(set(range(expected)) - layers)
-        if lost:
-            raise ModelError(
-                f"{self.folder} lacks {known[0]}{lost[0]}.{self.family.up}.weight: the checkpoint is incomplete"
-            )
-        return known[0], int(expected)
+        prefix = known.pop()
+        stated = getattr(self.config, "num_hidden_layers", None) or getattr(self.config, "n_layer", None)
+        n_layers = found.count(prefix) if stated is None else stated
+        if type(n_layers) is not int or n_layers < 1:
+            raise ModelError(f"{self.folder / 'config.json'} is damaged: it states {n_layers!r:.40} layers")
+        for layer in range(n_layers):
+            self._get(f"{prefix}{layer}.{self.family.up}.weight", None, None)
+        return prefix, n_layers
 
-    def _beside(self, path: str) -> str:
-        """A tensor that lives next to the layers, e.g. the final norm."""
-        base = ".".join(self.prefix.rstrip(".").split(".")[:-1])
-        last = path.split(".")[-1]
-        return f"{base}.{last}" if base else last
+    def _beside(self, paths: tuple[str, ...]) -> str:
+        """A module that lives next to the layers, such as the final norm, or where the family says."""
+        base = self.prefix.rstrip(".").rpartition(".")[0]
+        names = [".".join(filter(None, (base, path.rpartition(".")[2]))) for path in paths] + list(paths)
+        return next((name for name in names if f"{name}.weight" in self.tensors), names[0])
 
     def _find_head(self) -> str:
-        tied = getattr(self.config, "tie_word_embeddings", None)
-        names = [
-            name for name in self.tensors for head in self.family.head if re.search(rf"(^|\.){head}\.weight$", name)
-        ]
-        if names and not tied:
+        heads = "|".join(map(re.escape, self.family.head))
+        names = [name for name in self.tensors if re.search(rf"(^|\.)({heads})\.weight$", name)]
+        if names:  # transformers takes it too, whatever the config says about tying
             return names[0]
-        embedding = self._beside(self.family.embedding[0]) + ".weight"
-        # Configs leave out tie_word_embeddings where it has its default, which differs between families.
-        if embedding in self.tensors and tied is not False:
-            return embedding
-        raise ModelError(f"{self.folder} has no {self.family.head[0]}.weight: the checkpoint is incomplete")
+        tied = getattr(self.config, "tie_word_embeddings", None)
+        if tied if tied is not None else self.config.model_type in _TIED:
+            return self._beside(self.family.embedding) + ".weight"
+        raise ModelError(
+            f"{self.folder} has no {self.family.head[0]}.weight, and config.json does not tie it to the embedding: the "
+            f"checkpoint is incomplete"
+        )
 
-    def _name(self, site: str, layer: int) -> str:
+    def _get(self, name: str, *shape: int | None) -> TensorFile:
+        """A tensor, checked to be there, to have this shape (`None`: any size but 0) and a dtype that can be read."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ModelError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
+        expected = tuple(size or max(found, 1) for size, found in zip(shape, (*tensor.shape, 1, 1), strict=False))
+        if tensor.shape != expected:
+            raise ModelError(f"{name} has shape {tensor.shape}, expected {expected}: the checkpoint is damaged")
+        assert tensor.dtype  # says so where it is not supported
+        return tensor
+
+    def _projection(self, site: str, layer: int) -> tuple[TensorFile, bool]:
+        """A projection, and whether neurons are its columns: so where it writes, but Conv1D stores the transpose."""
         path = {"up": self.family.up, "gate": self.family.gate, "down": self.family.down}[site]
         if path is None:
             raise InputError(
                 f"{self.family.name} has no gate projection (its MLP is not gated); use site='up' or 'down'"
             )
-        return f"{self.prefix}{layer}.{path}.weight"
+        wide = self.d_mlp * (2 if self.family.fused and site != "down" else 1)
+        columns = (site == "down") != self.family.transposed
+        shape = (self.d_model, wide) if columns else (wide, self.d_model)
+        return self._get(f"{self.prefix}{layer}.{path}.weight", *shape), columns
 
-    def _tensor(self, site: str, layer: int) -> TensorFile:
-        name = self._name(site, layer)
-        if name not in self.tensors:
-            raise ModelError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
-        return self.tensors[name]
-
-    def require(self, site: str, layers: Sequence[int]) -> None:
-        """Check that every tensor a run will read is there, before it starts."""
+    def require(self, options: DecodeOptions, layers: Sequence[int]) -> None:
+        """Check that every tensor a run will read is there, with the right shape and dtype, before it starts."""
         for layer in layers:
-            for name in dict.fromkeys((site, "up", "down")):
-                self._tensor(name, layer)
+            for site in dict.fromkeys((options.site, "up", "down")):
+                self._projection(site, layer)
+            if options.norm == "folded":
+                self.pre_mlp_gain(layer)
         self.final_norm()
 
     def rows(self, site: str, layer: int, neurons: slice | Tensor) -> Tensor:
         """Weights of some neurons; only these are read."""
-        tensor = self._tensor(site, layer)
+        tensor, columns = self._projection(site, layer)
         at = neurons if isinstance(neurons, slice) else neurons.numpy()
         if self.family.fused and site == "up":
             at = slice(at.start + self.d_mlp, at.stop + self.d_mlp) if isinstance(at, slice) else at + self.d_mlp
-        # A projection that writes has neurons along its input; Conv1D stores the transpose.
-        along_columns = (site == "down") != self.family.transposed
-        return tensor.read((slice(None), at)).T if along_columns else tensor.read((at,))
+        return checked(tensor.read_columns(at).T if columns else tensor.read(at), tensor.name)
 
     def head(self) -> Tensor:
-        """The LM head, memory-mapped (or on the device)."""
-        return self.tensors[self.head_name].map().to(self.device)
+        """The LM head, checked to be finite; memory-mapped (or on the device)."""
+        head = self.tensors[self.head_name].map()
+        for rows in head.split(_HEAD_ROWS):
+            checked(rows, self.head_name)
+        return head.to(self.device)
+
+    def _vector(self, name: str, size: int) -> Tensor:
+        return checked(self._get(name, size).read().float(), name).to(self.device)
 
     def head_bias(self) -> Tensor | None:
         """The LM head's bias."""
         name = self.head_name.removesuffix("weight") + "bias"
-        return self.tensors[name].read(()).float() if name in self.tensors else None
-
-    def _vector(self, name: str) -> Tensor | None:
-        return self.tensors[name].read(()).float().to(self.device) if name in self.tensors else None
+        return self._vector(name, self.vocab_size) if name in self.tensors else None
 
     def final_norm(self) -> tuple[Tensor | None, Tensor | None]:
         """Gain and bias of the final norm."""
-        name = self._beside(self.family.final_norm[0])
-        gain = self._vector(f"{name}.weight")
-        if gain is None:
-            raise ModelError(f"{self.folder} has no tensor {name}.weight: the checkpoint is incomplete")
-        return gain + self.family.norm_offset, self._vector(f"{name}.bias")
+        name = self._beside(self.family.final_norm)
+        bias = self._vector(f"{name}.bias", self.d_model) if f"{name}.bias" in self.tensors else None
+        return self._vector(f"{name}.weight", self.d_model) + self.family.norm_offset, bias
 
     def pre_mlp_gain(self, layer: int) -> Tensor | None:
         """Gain of the norm that the MLP reads through."""
         if self.family.pre_mlp_norm is None:
             return None
         name = f"{self.prefix}{layer}.{self.family.pre_mlp_norm}.weight"
-        gain = self._vector(name)
-        if gain is None:
-            raise ModelError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
-        return gain + self.family.norm_offset
+        return self._vector(name, self.d_model) + self.family.norm_offset
 
     def vocabulary(self) -> tuple[str | None, list[str]]:
         """tokenizer.json, if the folder has one, and the text of every id."""
@@ -261,10 +267,10 @@ class CheckpointWeights:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:
             raise ModelError(f"{path} is not a tokenizer: {error}") from error
-        if tokenizer.get_vocab_size() > self.vocab_size:
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if size > self.vocab_size:
             raise ModelError(
-                f"tokenizer and model disagree: {path.name} has {tokenizer.get_vocab_size()} tokens, {self.head_name} "
-                f"{self.vocab_size} rows"
+                f"tokenizer and model disagree: {path.name} has ids up to {size - 1}, {self.head_name} {self.vocab_size} rows"
             )
         return vocabulary_of(tokenizer, self.vocab_size)
 
@@ -281,11 +287,16 @@ class CheckpointWeights:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
 class TensorFile:
     """One tensor's place in a safetensors file."""
 
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...], offset: int, size: int) -> None:
-        self.path, self.shape, self.offset, self.size, self._dtype = path, shape, offset, size, dtype
+    name: str
+    path: Path
+    stored: str  # the format's name of the dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -294,59 +305,57 @@ class TensorFile:
         Raises:
             ModelError: a quantised or integer tensor.
         """
-        if self._dtype not in _DTYPES:
+        if self.stored not in _DTYPES:
             raise ModelError(
-                f"a tensor in {self.path.name} has dtype {self._dtype}; expected one of {', '.join(_DTYPES)}"
+                f"{self.name} in {self.path.name} is stored as {self.stored}; only {', '.join(_DTYPES)} can be decoded: "
+                f"use a checkpoint that is not quantised"
             )
-        return _DTYPES[self._dtype][0]
+        return _DTYPES[self.stored][0]
 
     def _memmap(self) -> np.ndarray:
-        dtype = self.dtype  # says so where it is not supported
         # Copy-on-write: torch refuses read-only arrays, and nothing may reach the file.
-        array = np.memmap(self.path, dtype=_DTYPES[self._dtype][1], mode="c", offset=self.offset, shape=self.shape)
-        assert array.itemsize == dtype.itemsize
-        return array
+        return np.memmap(self.path, dtype=_DTYPES[self.stored][1], mode="c", offset=self.offset, shape=self.shape)
 
     def map(self) -> Tensor:
         """The whole tensor, memory-mapped."""
         return torch.from_numpy(self._memmap()).view(self.dtype)
 
-    def read(self, at: tuple) -> Tensor:
+    def read(self, at: Any = ()) -> Tensor:
         """A part, copied, so that the mapping does not outlive the call."""
         return torch.from_numpy(np.array(self._memmap()[at])).view(self.dtype)
 
+    def read_columns(self, at: slice | np.ndarray) -> Tensor:
+        """Some columns, copied. They touch every page, so only a part of the rows is mapped at a time."""
+        step = max(1, _MAPPED * self.shape[0] // self.size)
+        return torch.cat([self.read((slice(row, row + step), at)) for row in range(0, self.shape[0], step)])
+
 
 def read_headers(folder: Path) -> dict[str, TensorFile]:
-    """Every tensor of a folder's safetensors files, checked to lie within its file.
+    """Every tensor of a folder's safetensors files.
 
     Raises:
-        ModelError: no safetensors, a missing shard, a header that is damaged, tensors beyond the end of a file.
+        ModelError: no safetensors, a missing file, a truncated file, a damaged index or header.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = sorted({str(name) for name in weight_map.values()})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index.name} is damaged: {error!r}") from error
-        strange = [name for name in files if Path(name).name != name]
-        if strange:
-            raise ModelError(f"{index.name} names {strange[0]!r}, which is outside the folder")
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not files:
-            pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth")]
-            hint = f"; {pickled[0]} is pickled, which can run code: convert it to safetensors" if pickled else ""
-            raise ModelError(f"{folder} has no *.safetensors{hint}")
-        weight_map = None
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():  # as transformers, which then ignores an index
+        return _read_header(single)
+    if not index.is_file():
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        hint = f"; {pickled[0]} is pickled, which can run code: convert it to safetensors" if pickled else ""
+        raise ModelError(f"{folder} has neither {single.name} nor {index.name}{hint}")
+    weight_map = _parse(index.read_bytes(), index.name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(f"{index.name} is damaged: it has no weight_map of tensors and files")
     tensors: dict[str, TensorFile] = {}
-    for name in files:
-        if not (folder / name).exists():
-            raise ModelError(f"{folder} lacks {name}, which {index.name} lists: the checkpoint is incomplete")
-        tensors |= _read_header(folder / name)
-    lost = [name for name in weight_map or () if name not in tensors]
-    if lost:
-        raise ModelError(f"{index.name} lists {lost[0]}, but no file has it: the checkpoint is damaged")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or file == "..":
+            raise ModelError(f"{index.name} names {file!r}, which is outside the folder")
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder} lacks {file}, which {index.name} lists: the checkpoint is incomplete")
+        tensors |= {name: at for name, at in _read_header(folder / file).items() if weight_map.get(name) == file}
+    lost = next((name for name in weight_map if name not in tensors), None)
+    if lost is not None:
+        raise ModelError(f"{index.name} lists {lost} in {weight_map[lost]}, which lacks it: the checkpoint is damaged")
     return tensors
 
 
@@ -357,41 +366,44 @@ def _read_header(path: Path) -> dict[str, TensorFile]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(total - 8, 100_000_000):
             raise ModelError(f"{path.name} is truncated or not a safetensors file: {total} bytes, header of {length}")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (
-                    str(name),
-                    str(e["dtype"]),
-                    tuple(map(int, e["shape"])),
-                    int(e["data_offsets"][0]),
-                    int(e["data_offsets"][1]),
-                )
-                for name, e in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"{path.name} has a damaged header: {error!r}") from error
-    base, result = 8 + length, {}
-    for name, dtype, shape, begin, end in entries:
-        known = _DTYPES.get(dtype)
-        wrong = known is not None and int(np.prod(shape, dtype=np.int64)) * known[0].itemsize != end - begin
-        if begin < 0 or end < begin or wrong:
-            raise ModelError(f"{path.name} has a damaged header: {name} has shape {shape} in {end - begin} bytes")
-        if base + end > total:
-            raise ModelError(f"{path.name} is truncated: {name} ends at byte {base + end}, the file at {total}")
-        result[name] = TensorFile(path, dtype, shape, base + begin, end - begin)
+        header = _parse(file.read(length), f"the header of {path.name}")
+    header.pop("__metadata__", None)
+    base, end, result = 8 + length, 0, {}
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = entry["data_offsets"]
+            shape, stored = tuple(entry["shape"]), str(entry["dtype"])
+            # The format allows neither gaps nor overlaps.
+            fits = all(type(n) is int and n >= 0 for n in (*shape, begin, stop)) and begin == end <= stop
+            if fits and stored in _DTYPES:
+                fits = math.prod(shape) * _DTYPES[stored][0].itemsize == stop - begin
+            if not fits:
+                raise ValueError(f"{name} has shape {shape} at bytes {begin} … {stop}, after byte {end}")
+            result[name] = TensorFile(name, path, stored, shape, base + begin, stop - begin)
+            end = stop
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the header of {path.name} is damaged: {error!s:.300}") from error
+    if base + end != total:
+        raise ModelError(f"{path.name} is truncated or damaged: it has {total} bytes, its header says {base + end}")
     return result
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path) -> SimpleNamespace:
     path = folder / "config.json"
-    if not folder.is_dir() or not path.exists():
+    if not path.is_file():
         raise ModelError(f"{folder} has no config.json: expected a folder with config.json and *.safetensors")
+    config = _parse(path.read_bytes(), str(path))
+    text = config.get("text_config")
+    # Multimodal configs nest the language model's, but say at the top whether embeddings are tied.
+    top = {key: value for key, value in config.items() if key == "tie_word_embeddings"}
+    return SimpleNamespace(**({"model_type": None} | config | (text if isinstance(text, dict) else {}) | top))
+
+
+def _parse(text: bytes, what: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
-        text = config.get("text_config")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from error
-    merged = {**config, **text} if isinstance(text, dict) else config
-    return SimpleNamespace(**merged)
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{what} is damaged: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ModelError(f"{what} is damaged: expected a JSON object")
+    return parsed

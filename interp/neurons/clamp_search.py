@@ -110,7 +110,7 @@ def search_clamp(
     atlases: Mapping[str, Atlas] | None = None,
     sites: Sequence[str] = NEURON_SITES,
     n_candidates: int = 4,
-    doses: Iterable[float] = DOSES,
+    doses: Iterable[float | int] = DOSES,
     n_finalists: int = 4,
     max_perplexity_ratio: float = 3.0,
     statistics: Result | None = None,

@@ -63,7 +63,7 @@ def dose_response(
     model: Model,
     concept: str | Sequence[str] | Concept,
     prompts: str | Sequence[str],
-    doses: Iterable[float],
+    doses: Iterable[float | int],
     *,
     neuron: tuple[int, int] | None = None,
     site: str = "hidden",

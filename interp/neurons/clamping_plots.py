@@ -12,6 +12,7 @@ from interp.plotting import PALETTE, REFERENCE, band, figure, to_float32
 from interp.results import Result
 from interp.tokens import for_plotly
 
+_Panel = tuple[str, str, str, dict[str, Any]]  # measure, name, unit, settings of its axis
 _GAP = 0.05  # of the figure's height, between panels
 _SYMBOLS = {"up": "triangle-up", "gate": "square", "hidden": "circle"}
 _ARMS = {"clamp": PALETTE[1], "random": PALETTE[0], "zero": PALETTE[2], "none": REFERENCE}
@@ -38,7 +39,7 @@ def dose_response(result: Result, summary: pd.DataFrame | None = None) -> Any:
             f"{about['n_prompts']} prompts × {about['n_seeds']} samples, {len(about['random'])} random neurons of the layer"
         ),
     )
-    panels = [
+    panels: list[_Panel] = [
         ("mention_rate", "answers that mention it", "share", {"range": [-0.03, 1.03]}),
         ("p_concept", "p(concept) as next token", "probability", {"type": "log", "exponentformat": "power"}),
         ("perplexity", "perplexity of the answer", "unclamped model", {"type": "log", "exponentformat": "power"}),
@@ -153,7 +154,7 @@ def statistics(result: Result) -> Any:
         "",
         subtitle=f"{result.provenance.model}, {int(table['n'].max()):,} tokens; ribbons: quartiles over neurons",
     )
-    panels = [
+    panels: list[_Panel] = [
         ("sd", "standard deviation", "activation", {"type": "log", "exponentformat": "power"}),
         ("share_positive", "tokens where it is positive", "share", {"range": [-0.03, 1.03], "tickformat": ".0%"}),
     ]
@@ -171,7 +172,7 @@ def statistics(result: Result) -> Any:
     return drawn
 
 
-def _stack(drawn: Any, panels: list[tuple[str, str, str, dict[str, Any]]]) -> None:
+def _stack(drawn: Any, panels: list[_Panel]) -> None:
     """Panels above each other on one horizontal axis, the first on top."""
     height = (1 + _GAP) / len(panels)
     for at, (_, name, unit, settings) in enumerate(panels):

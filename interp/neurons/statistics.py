@@ -119,7 +119,7 @@ class NeuronStatistics:
     """
 
     def __init__(self, sites: Sequence[tuple[str, int]]) -> None:
-        self.sites = list(sites)
+        self.sites: Sequence[tuple[str, int]] = list(sites)
         self._totals: dict[tuple[str, int], _Moments] = {}
 
     @torch.no_grad()

@@ -273,6 +273,7 @@ def test_nnsight_models_that_are_refused(tiny: Any) -> None:
         (Clamp(0, 1, mode="twice"), "mode='twice'"),
         (Clamp(0, 1, positions="somewhere"), "positions='somewhere'"),
         (Clamp(0, 1, float("nan")), "finite"),
+        (Clamp(0, []), "one"),
     ],
 )
 def test_clamps_that_are_refused(tiny: Any, clamp: Clamp, message: str) -> None:

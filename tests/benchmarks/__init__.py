@@ -3,6 +3,7 @@
     table.py       a row, the printed table, reports/bench.json
     timing.py      paired, interleaved timing
     memory.py      peak memory of one call in a fresh process
+    models.py      the embedded model in memory of its own
     decoding.py    neurons: decode against the bare matrix products and TransformerLens
     checkpoint.py  neurons: one layer of Llama-3.1-8B's shape from disk
     generation.py  neurons: clamped generation against Hugging Face, TransformerLens and nnsight

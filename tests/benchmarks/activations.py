@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from tests.benchmarks.memory import MIB, measure
+from tests.benchmarks.models import embedded, embedded_as_loaded
 from tests.benchmarks.table import Row
 from tests.benchmarks.timing import interleave, ratio_of
 
 SUITE = "neurons"
-MODEL = "smollm2-135m-instruct"
 _SOURCES = (
     "argparse",
     "ast",
@@ -38,11 +38,10 @@ _SOURCES = (
 def run(quick: bool) -> list[Row]:
     """Rows on time and memory."""
     from interp.adapters.transformer_lens import to_transformer_lens
-    from interp.model import load_model
     from interp.neurons import neuron_statistics
 
     n_texts, length, repeats = (16, 128, 2) if quick else (64, 256, 3)
-    model = load_model(MODEL, device="cpu")
+    model = embedded()
     bridge = to_transformer_lens(model)
     texts = standard_library_texts(model, n_texts, length)
     size = _batch_size(model, n_texts, length)
@@ -150,11 +149,9 @@ def _pooled(parts: list[tuple[Any, Any, int]]) -> tuple[Any, Any]:
 
 def ours_in_memory(n_texts: int, length: int, size: int) -> Callable[[], None]:
     """For `memory`: neuron_statistics with its default settings."""
-    from interp.model import load_model
     from interp.neurons import neuron_statistics
 
-    model = load_model(MODEL, device="cpu")
-    assert model.fingerprint  # reads every weight, so that mapped pages are in the baseline
+    model = embedded_as_loaded()
     texts = standard_library_texts(model, n_texts, length)
     neuron_statistics(model, [texts[0][:16]], progress=False)
 
@@ -168,10 +165,8 @@ def ours_in_memory(n_texts: int, length: int, size: int) -> Callable[[], None]:
 def lens_in_memory(n_texts: int, length: int, size: int) -> Callable[[], None]:
     """For `memory`: run_with_cache, then mean and sd."""
     from interp.adapters.transformer_lens import to_transformer_lens
-    from interp.model import load_model
 
-    model = load_model(MODEL, device="cpu")
-    assert model.fingerprint
+    model = embedded_as_loaded()
     texts = standard_library_texts(model, n_texts, length)
     bridge = to_transformer_lens(model, copy=False)
     lens_statistics(bridge, [texts[0][:16]], 1)

@@ -22,20 +22,19 @@ from unittest import mock
 import torch
 
 from tests.benchmarks.memory import MIB, measure
+from tests.benchmarks.models import embedded, embedded_as_loaded
 from tests.benchmarks.table import Row
 from tests.benchmarks.timing import Times
 
 SUITE = "neurons"
-MODEL = "smollm2-135m-instruct"
 TOP_K = 10
 
 
 def run(quick: bool) -> list[Row]:
     """Rows on time (both signs, one sign) and on memory."""
     from interp.adapters.transformer_lens import to_transformer_lens
-    from interp.model import load_model
 
-    model = load_model(MODEL, device="cpu")
+    model = embedded()
     bridge = to_transformer_lens(model)
     n_layers = model.arch.n_layers
     layers = [0, n_layers // 2] if quick else list(range(n_layers))
@@ -218,11 +217,9 @@ def _lens_layer(bridge: Any) -> Rival:
 
 def ours_in_memory(layers: Sequence[int]) -> Callable[[], None]:
     """For `memory`: decode with its default settings."""
-    from interp.model import load_model
     from interp.neurons.decoding import decode
 
-    model = load_model(MODEL, device="cpu")
-    assert model.fingerprint  # reads every weight, so that mapped pages are in the baseline
+    model = embedded_as_loaded()
     decode(model, layers=[0], sample=8, progress=False)
 
     def call() -> None:
@@ -235,10 +232,8 @@ def ours_in_memory(layers: Sequence[int]) -> Callable[[], None]:
 def lens_in_memory(layers: Sequence[int]) -> Callable[[], None]:
     """For `memory`: the usual way in TransformerLens."""
     from interp.adapters.transformer_lens import to_transformer_lens
-    from interp.model import load_model
 
-    model = load_model(MODEL, device="cpu")
-    assert model.fingerprint
+    model = embedded_as_loaded()
     bridge = to_transformer_lens(model, copy=False)
     with torch.no_grad():
         (bridge.blocks[0].mlp.W_in[:, :8].T @ bridge.W_U).softmax(-1).topk(TOP_K)

@@ -3,6 +3,9 @@
 
 Same prompt, the same number of new tokens (the end token is switched off everywhere), KV cache on, one text. Each tool works
 on its own copy of the model. Plain Hugging Face cannot clamp, so its text differs; the others must give the same tokens.
+
+On one torch thread: a token is hundreds of small products, and two threads that share their cores with other programs wait
+for each other longer than they compute, for every tool alike.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.models import embedded
 from tests.benchmarks.table import Row
 from tests.benchmarks.timing import interleave, ratio_of
 
 SUITE = "neurons"
-MODEL = "smollm2-135m-instruct"
 PROMPT = "What is your favourite animal?"
 LAYER, NEURON, VALUE = 27, 1510, -10.0
 
@@ -25,10 +28,9 @@ LAYER, NEURON, VALUE = 27, 1510, -10.0
 def run(quick: bool) -> list[Row]:
     """One row per rival."""
     from interp.intervene import clamp
-    from interp.model import load_model
 
-    new, repeats = (16, 3) if quick else (64, 9)
-    model = load_model(MODEL, device="cpu")
+    new, repeats = (16, 3) if quick else (32, 11)
+    model = embedded()
     lens, sight = _lens(model), _sight(model)
     model.hf.generation_config.eos_token_id = None  # so that every tool makes the same number of tokens
     prompt = model.encode(PROMPT, chat=True)[0]
@@ -53,7 +55,12 @@ def run(quick: bool) -> list[Row]:
     wrong = [name for name, tokens in said.items() if len(tokens) != new]
     if wrong:
         raise RuntimeError(f"{wrong[0]} made {len(said[wrong[0]])} tokens, expected {new}")
-    times = interleave(cases, repeats)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = interleave(cases, repeats)
+    finally:
+        torch.set_num_threads(threads)
     rows = []
     for rival, target in (("Hugging Face, unclamped", "<= 1.05"), ("TransformerLens", "< 1"), ("nnsight", "< 1")):
         same = sum(a == b for a, b in zip(said["ours"], said[rival], strict=True))
@@ -69,7 +76,7 @@ def run(quick: bool) -> list[Row]:
                 against=rival,
                 target=target,
                 **ratio_of(times["ours"], times[rival]),
-                n=f"{new} new tokens after {len(prompt)}, {repeats} rounds",
+                n=f"{new} new tokens after {len(prompt)}, one torch thread",
                 quick=quick,
                 note=note,
             )
