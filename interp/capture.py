@@ -33,8 +33,10 @@ class Probe(Protocol):
     One that keeps whole tensors on the CPU may say how much, in `kept_bytes(model, lengths)`; see `Keep`.
     """
 
-    sites: Sequence[tuple[str, int]]
-    """(site, layer) pairs that it wants; layer -1 for "logits". A negative layer counts from the end."""
+    @property
+    def sites(self) -> Sequence[tuple[str, int]]:
+        """(site, layer) pairs that it wants; layer -1 for "logits". A negative layer counts from the end."""
+        ...
 
     def update(self, site: str, layer: int, tensor: Tensor, batch: Batch) -> Any:
         """Reduce one site's tensor of one batch to a small partial, without changing the probe or the tensor."""

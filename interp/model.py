@@ -19,9 +19,6 @@ At load the model checks itself on a few tokens: logits are finite, the neuron s
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,13 +27,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from interp.architectures import Architecture, offload_hooks, stored_weight
+from interp.architectures import Architecture, offload_hooks
 from interp.batching import for_each_batch, token_batches
 from interp.errors import InputError, ModelError
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
+from interp.self_check import self_check
+from interp.sources import DEFAULT_MODEL, find_device, find_dtype, from_object, from_source, load_tokenizer
+from interp.weight_hash import fingerprint
 
 
 @dataclass(eq=False)
@@ -321,206 +319,22 @@ def load_model(
         30
     """
     if isinstance(source, (str, Path)):
-        hf, own_tokenizer, name = _from_source(str(source), device, dtype, attention, tokenizer is None)
+        hf, own_tokenizer, name = from_source(str(source), device, dtype, attention, tokenizer is None)
     else:
-        hf, own_tokenizer, name = _from_object(source)
+        hf, own_tokenizer, name = from_object(source)
         if device is not None and str(device) != "auto":
-            hf = hf.to(_device(device))
+            hf = hf.to(find_device(device))
         if dtype is not None:
-            hf = hf.to(_dtype(dtype))
+            hf = hf.to(find_dtype(dtype))
         if attention is not None:
             hf.set_attn_implementation(attention)
     if isinstance(tokenizer, (str, Path)):
-        tokenizer = _load_tokenizer(str(tokenizer))
+        tokenizer = load_tokenizer(str(tokenizer))
     model = Model(hf.eval(), tokenizer if tokenizer is not None else own_tokenizer, name)
     _check_tokenizer(model)
     if check:
         self_check(model)
     return model
-
-
-def _from_object(source: Any) -> tuple[Any, Any, str]:
-    origin = type(source).__module__.split(".")[0]
-    if origin == "transformer_lens":
-        from interp.adapters.transformer_lens import unwrap
-
-        hf, tokenizer = unwrap(source)
-    elif origin == "nnsight":
-        from interp.adapters.nnsight import unwrap
-
-        hf, tokenizer = unwrap(source)
-    else:
-        hf, tokenizer = source, None
-    if not isinstance(hf, nn.Module) or not hasattr(hf, "config"):
-        raise InputError(
-            f"cannot use {type(source).__name__} as a model; expected a name, hub id, folder, .gguf file, Hugging Face "
-            f"module, TransformerBridge or nnsight model"
-        )
-    path = getattr(hf, "name_or_path", "") or getattr(hf.config, "name_or_path", "")
-    if tokenizer is None and path and Path(path).is_dir():
-        with contextlib.suppress(Exception):  # only a convenience: a module without tokenizer files has none
-            tokenizer = _load_tokenizer(path)
-    return hf, tokenizer, Path(path).name if path else type(hf).__name__
-
-
-def _from_source(
-    source: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    attention: str | None,
-    with_tokenizer: bool,
-) -> tuple[Any, Any, str]:
-    spread = str(device) == "auto"
-    target = None if spread else _device(device)
-    on_cpu = target is not None and target.type == "cpu"
-    wanted: Any = _dtype(dtype) if dtype is not None else (torch.float32 if on_cpu else "auto")
-    where, name, options = _locate(source)
-    from transformers import AutoModelForCausalLM
-
-    auto = AutoModelForCausalLM if options else _auto_class(where)
-    try:
-        hf, info = auto.from_pretrained(
-            where,
-            dtype=wanted,
-            trust_remote_code=False,
-            use_safetensors=None if options else True,
-            output_loading_info=True,
-            attn_implementation=attention,
-            device_map="auto" if spread else None,
-            **options,
-        )
-    except Exception as error:
-        raise _explain(source, error) from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise ModelError(
-            f"{source!r} lacks {len(missing)} weights of {type(hf).__name__}, or has them in another shape, for example "
-            f"{missing[0]}; they would stay random, so the model is refused"
-        )
-    if options:
-        # A dequantised model is an ordinary one; these would make saving it fail.
-        hf.is_quantized = False
-        if hasattr(hf, "hf_quantizer"):
-            del hf.hf_quantizer
-        if hasattr(hf.config, "quantization_config"):
-            del hf.config.quantization_config
-    tokenizer = _load_tokenizer(where, **options) if with_tokenizer and _may_have_tokenizer(where, options) else None
-    return hf if target is None else hf.to(target), tokenizer, name
-
-
-def _locate(source: str) -> tuple[str, str, dict[str, Any]]:
-    """What `from_pretrained` takes (a folder or a hub id), the model's name, and the options of a GGUF file."""
-    from interp import resources
-
-    path = Path(source).expanduser()
-    if source in resources.RESOURCES:
-        folder = resources.fetch(source)
-        _refuse_pickles(folder)
-        return str(folder), source, {}
-    if path.suffix == ".gguf":
-        from interp.gguf_checkpoint import check_gguf
-
-        check_gguf(path)
-        return str(path.parent), path.name, {"gguf_file": path.name}
-    if path.is_dir():
-        _refuse_pickles(path)
-        return str(path), path.resolve().name, {}
-    if path.is_file():
-        raise ModelError(f"{source!r} is a file, but not a .gguf file; give the folder that holds config.json")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        names = ", ".join(n for n, r in resources.RESOURCES.items() if r.kind == "model")
-        raise ModelError(
-            f"no model at {source!r}: there is no such folder or .gguf file, and it is not a hub id of the form "
-            f"owner/name; embedded models: {names}"
-        )
-    return source, source, {}
-
-
-def _may_have_tokenizer(where: str, options: dict[str, Any]) -> bool:
-    """False for a folder without tokenizer files: it gives a model that takes token ids alone."""
-    signs = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-    return bool(options) or not Path(where).is_dir() or any(any(Path(where).glob(sign)) for sign in signs)
-
-
-def _auto_class(where: str) -> Any:
-    """The causal LM class, or for encoders the class with the masked-LM head, or without a head."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from interp.architectures import family_of
-
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:
-        raise _explain(where, error) from error
-    if family_of(config).decoder:
-        return AutoModelForCausalLM
-    classes = getattr(config, "architectures", None) or []
-    return AutoModelForMaskedLM if any("MaskedLM" in name for name in classes) else AutoModel
-
-
-_NO_NETWORK = ("couldn't connect", "connection", "offline", "resolution", "getaddrinfo", "timed out", "unreachable")
-
-
-def _explain(source: str, error: BaseException) -> ModelError:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    text = f"{type(error).__name__}: {lines[0]}"[:300]
-    chain = ""
-    cause: BaseException | None = error
-    while cause is not None and len(chain) < 10_000:
-        chain += f" {cause!r}".lower()
-        cause = cause.__cause__ or cause.__context__
-    if not Path(source).exists() and any(sign in chain for sign in _NO_NETWORK):
-        return ModelError(
-            f"there is no folder {source!r}, the hub cannot be reached, and it is not in the local cache ({text}). Without "
-            f"a network use the embedded model, load_model({DEFAULT_MODEL!r}), or a local folder or .gguf file"
-        )
-    return ModelError(f"cannot load {source!r}: {text}")
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} has no config.json: expected a Hugging Face model folder")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
-    if pickled:
-        raise ModelError(
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when loaded; convert them to "
-            f"safetensors first"
-        )
-    raise ModelError(f"{folder} has no weights: expected *.safetensors")
-
-
-def _load_tokenizer(source: str, **options: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:
-        raise _explain(source, error) from error
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None or device == "":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        result = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}; expected 'cpu', 'cuda', 'cuda:0', 'mps' or 'auto'") from error
-    if result.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use device='cpu'")
-    if result.type == "cuda" and result.index is not None and result.index >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA GPUs")
-    if result.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' was asked for, but torch sees none here; use device='cpu'")
-    return result
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    result = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(result, torch.dtype) or not result.is_floating_point:
-        raise InputError(f"unknown dtype {dtype!r}; expected 'float32', 'bfloat16' or 'float16'")
-    return result
 
 
 def _check_tokenizer(model: Model) -> None:
@@ -532,109 +346,6 @@ def _check_tokenizer(model: Model) -> None:
             f"tokenizer and model disagree: the tokenizer has ids up to {size - 1}, the embedding of {model.name} has "
             f"{model.arch.vocab_size} rows; give the tokenizer that belongs to the model"
         )
-
-
-@torch.no_grad()
-def self_check(model: Model) -> None:
-    """Run a few tokens and check what interp relies on.
-
-    Raises:
-        ModelError: names the tensor that is not finite, or the module whose output is not what its site promises.
-    """
-    arch = model.arch
-    if model.device.type == "meta":
-        return
-    bad = non_finite_weights(model.hf)
-    if bad:
-        raise ModelError(f"{model.name} has NaN or infinite values in {bad}")
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda tensor: seen.__setitem__(name, tensor.detach())
-
-    ids = torch.arange(1, 7, device=model.device).remainder(arch.vocab_size)[None]
-    with contextlib.ExitStack() as stack:
-        for name in ("up", "hidden", "pattern"):
-            stack.callback(arch.site(name, 0).attach(keep(name)).remove)
-        stack.enter_context(model.attention_implementation("eager"))
-        output = model.hf(input_ids=ids, **({"use_cache": False} if arch.family.decoder else {}))
-    last = output.logits if hasattr(output, "logits") else output[0]
-    if not torch.isfinite(last).all():
-        raise ModelError(
-            f"{model.name} gives outputs that are not finite, though its weights are: it overflows; try dtype='float32'"
-        )
-    for name in ("up", "hidden"):
-        if seen[name].shape[-1] != arch.d_mlp:
-            path = arch.family.up if name == "up" else arch.family.down
-            raise ModelError(
-                f"{type(model.hf).__name__}, layer 0, {path}: site {name!r} is {seen[name].shape[-1]} wide, expected d_mlp="
-                f"{arch.d_mlp}"
-            )
-    sums = seen["pattern"].float().sum(-1)
-    tolerance = 1e-4 if seen["pattern"].dtype == torch.float32 else 2e-2
-    # Models with attention-sink logits let rows sum to less than 1.
-    if (sums > 1 + tolerance).any() or ((sums < 1 - tolerance).any() and not hasattr(arch.attention(0), "sinks")):
-        raise ModelError(
-            f"{type(model.hf).__name__}, layer 0, {arch.family.attention}: attention rows sum to "
-            f"{sums.min():.4f} … {sums.max():.4f}, expected 1"
-        )
-
-
-def non_finite_weights(hf: nn.Module) -> str:
-    """The names of the first tensors with NaN or infinite values; empty if there are none."""
-    names = [name for name, tensor in _stored_parameters(hf) if tensor.is_floating_point() and not _is_finite(tensor)]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.detach())  # one pass, no copy; both are NaN if any value is
-    return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def _stored_parameters(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter under every name it has, read from where accelerate offloaded it."""
-    for module_name, module in hf.named_modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            with contextlib.suppress(ModelError):  # no values to read on the meta device
-                tensor = stored_weight(module, name)
-            yield f"{module_name}.{name}", tensor
-
-
-_CHUNK = 2**22  # numbers of a weight that are read at a time
-
-# Entries of a config that differ between two copies of one model.
-_VOLATILE = {"_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "architectures"}
-
-
-def _stable(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {str(key): _stable(value) for key, value in config.items() if key not in _VOLATILE}
-
-
-def fingerprint(hf: Any) -> str:
-    """16 hex digits of a module's config and weights.
-
-    Every tensor enters with its name, shape, dtype and the integer sums of its bit patterns along both axes, so that a
-    change of a single value changes the result; reading the weights once is all it costs.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_stable(hf.config.to_dict()), sort_keys=True, default=str).encode())
-    for name, tensor in _stored_parameters(hf):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:
-            integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-            bits = tensor.detach().contiguous().view(integers)
-            bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() > 1 else bits.reshape(1, -1)
-            columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
-            for rows in bits.split(max(1, _CHUNK // max(1, bits.shape[1]))):  # summing widens what it reads
-                columns += rows.sum(0, dtype=torch.int64)
-                digest.update(rows.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
-            digest.update(columns.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def set_seed(seed: int) -> None:

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook(
-    ["interp.architectures", "interp.batching", "interp.capture", "interp.model", "interp.neurons"],
+    ["interp.architectures", "interp.batching", "interp.capture", "interp.model", "interp.sources", "interp.neurons"],
     "beartype.beartype",
 )
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, VOCAB, tiny_encoder, tiny_hf, tiny_tokenizer
 
-from interp import model as model_module
+from interp import sources, weight_hash
 from interp.errors import InputError, InterpError, ModelError
 from interp.intervene import clamp
 from interp.model import load_model, set_seed
@@ -294,7 +294,7 @@ def test_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_what_counts_as_offline(error: Exception, offline: bool) -> None:
-    message = str(model_module._explain("owner/name", error))
+    message = str(sources._explain("owner/name", error))
     assert ("cannot be reached" in message) == offline
     assert "owner/name" in message
 
@@ -388,14 +388,14 @@ def test_fingerprint_sees_one_changed_value_in_any_tensor(family: str) -> None:
             flat = parameter.view(-1)
             old = flat[at].clone()
             flat[at] = torch.nextafter(old, old + 1)
-            assert model_module.fingerprint(hf) != before, name
+            assert weight_hash.fingerprint(hf) != before, name
             flat[at] = old
-    assert model_module.fingerprint(hf) == before
+    assert weight_hash.fingerprint(hf) == before
 
 
 def test_fingerprint_sees_swapped_rows_columns_and_tensors() -> None:
     hf = tiny_hf()
-    before = model_module.fingerprint(hf)
+    before = weight_hash.fingerprint(hf)
     first, second = (hf.model.layers[at].mlp.up_proj.weight for at in (0, 1))
     with torch.no_grad():
         for change in (
@@ -404,9 +404,9 @@ def test_fingerprint_sees_swapped_rows_columns_and_tensors() -> None:
             lambda: swap(first, second),
         ):
             change()
-            assert model_module.fingerprint(hf) != before
+            assert weight_hash.fingerprint(hf) != before
             change()
-            assert model_module.fingerprint(hf) == before
+            assert weight_hash.fingerprint(hf) == before
 
 
 def swap(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -417,9 +417,9 @@ def swap(first: torch.Tensor, second: torch.Tensor) -> None:
 
 def test_fingerprint_of_large_tensors_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_hf()
-    before = model_module.fingerprint(hf)
-    monkeypatch.setattr(model_module, "_CHUNK", 50)
-    assert model_module.fingerprint(hf) == before
+    before = weight_hash.fingerprint(hf)
+    monkeypatch.setattr(weight_hash, "_CHUNK", 50)
+    assert weight_hash.fingerprint(hf) == before
 
 
 def test_fingerprint_sees_the_config(saved: Path, folder: Path) -> None:
@@ -435,9 +435,9 @@ def test_fingerprint_ignores_reloads_attention_and_place(saved: Path, tmp_path: 
     model.hf.save_pretrained(tmp_path / "again")
     assert load_model(tmp_path / "again").fingerprint == model.fingerprint
     encoder = tiny_encoder()
-    before = model_module.fingerprint(encoder)
+    before = weight_hash.fingerprint(encoder)
     encoder.save_pretrained(tmp_path / "encoder")
-    assert model_module.fingerprint(encoder) == before == load_model(tmp_path / "encoder").fingerprint
+    assert weight_hash.fingerprint(encoder) == before == load_model(tmp_path / "encoder").fingerprint
 
 
 # Text in, text out

@@ -249,13 +249,13 @@ class Atlas(Result):
         """
         groups = self.neurons.groupby("layer", observed=True)
         rows = []
-        for layer, group in groups:
+        for _, group in groups:
             p = group["probability"].to_numpy()
             low, high = wilson(int(group["specialised"].sum()), len(group))
             quartiles = np.quantile(p, [0.25, 0.5, 0.75])
             rows.append(
                 {
-                    "layer": int(layer),  # type: ignore[call-overload]
+                    "layer": int(group["layer"].iloc[0]),
                     "n": len(group),
                     "mean": float(p.mean()),
                     **dict(zip(("p25", "p50", "p75"), map(float, quartiles), strict=True)),
