@@ -30,11 +30,18 @@ from tqdm.auto import tqdm
 from interp.architectures import Family, family_of
 from interp.errors import InputError, ModelError
 from interp.neurons.atlas import ATLAS_COLUMNS, Atlas, atlas_frame
-from interp.neurons.decoding import DecodeOptions, atlas_parameters, check_options, checked, decode_layer, vocabulary_of
+from interp.neurons.decoding import (
+    DEFAULT_BUDGET,
+    DecodeOptions,
+    atlas_parameters,
+    check_options,
+    checked,
+    decode_layer,
+    vocabulary_of,
+)
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 
-CHECKPOINT_BUDGET = 96 * 2**20
 _MAPPED = 16 * 2**20  # bytes of a projection that are mapped at a time, where its columns are read
 _HEAD_ROWS = 256  # rows of the LM head that are checked at a time: summing half precision makes a float32 copy
 _DTYPES: dict[str, tuple[torch.dtype, Any]] = {
@@ -61,13 +68,13 @@ def decode_checkpoint(
     shuffle: bool = False,
     seed: int = 0,
     device: str = "cpu",
-    memory_budget: int = CHECKPOINT_BUDGET,
+    memory_budget: int = DEFAULT_BUDGET,
     progress: bool | str = True,
 ) -> Atlas:
     """Decode the neurons of a checkpoint on disk, streaming.
 
     Args:
-        folder: a Hugging Face folder with config.json and *.safetensors (one file, or several with an index).
+        folder: a Hugging Face folder with config.json and model.safetensors, or several files with an index.
         out: the folder for the shards; made if absent, resumed if it holds part of the same run.
         site, norm, signs, top_k, bias, layers, sample, shuffle, seed: as in `interp.neurons.decoding`.
         device: where the products run.
@@ -88,10 +95,9 @@ def decode_checkpoint(
         raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     weights = CheckpointWeights(Path(folder).expanduser().absolute(), torch.device(device))
     options = DecodeOptions(site, norm, tuple(signs), top_k, bias, sample, shuffle, seed)
-    every = range(weights.n_layers)
-    chosen = list(every) if layers is None else [_layer(layer, weights.n_layers) for layer in layers]
+    chosen = [_layer(layer, weights.n_layers) for layer in (range(weights.n_layers) if layers is None else layers)]
     if len(set(chosen)) < len(chosen):
-        raise InputError(f"layers={list(layers or ())} names a layer twice")
+        raise InputError(f"layers={list(layers or ())!r:.200} names a layer twice")
     check_options(options, weights, weights.vocab_size, chosen)
     weights.require(options, chosen)
     tokenizer_json, tokens = weights.vocabulary()
@@ -156,10 +162,8 @@ class CheckpointWeights:
         usual = {prefix for prefix in found if prefix.rstrip(".") in self.family.layers}
         known = usual or {prefix for prefix in found if "vision" not in prefix}
         if len(known) != 1:
-            raise ModelError(
-                f"{self.folder} has {'several sets of' if known else 'no'} tensors named like "
-                f"{self.family.layers[0]}.0.{self.family.up}.weight, of which a {self.family.name} checkpoint has one"
-            )
+            usual_name = f"{self.family.layers[0]}.0.{self.family.up}.weight"
+            raise ModelError(f"{self.folder} has no tensors named like {usual_name}, or several sets of them")
         prefix = known.pop()
         stated = getattr(self.config, "num_hidden_layers", None) or getattr(self.config, "n_layer", None)
         n_layers = found.count(prefix) if stated is None else stated
@@ -183,10 +187,8 @@ class CheckpointWeights:
         tied = getattr(self.config, "tie_word_embeddings", None)
         if tied if tied is not None else self.config.model_type in _TIED:
             return self._beside(self.family.embedding) + ".weight"
-        raise ModelError(
-            f"{self.folder} has no {self.family.head[0]}.weight, and config.json does not tie it to the embedding: the "
-            f"checkpoint is incomplete"
-        )
+        head = f"{self.family.head[0]}.weight"
+        raise ModelError(f"{self.folder} has no {head}, and config.json does not tie it to the embedding: incomplete")
 
     def _get(self, name: str, *shape: int | None) -> TensorFile:
         """A tensor, checked to be there, to have this shape (`None`: any size but 0) and a dtype that can be read."""
@@ -203,9 +205,7 @@ class CheckpointWeights:
         """A projection, and whether neurons are its columns: so where it writes, but Conv1D stores the transpose."""
         path = {"up": self.family.up, "gate": self.family.gate, "down": self.family.down}[site]
         if path is None:
-            raise InputError(
-                f"{self.family.name} has no gate projection (its MLP is not gated); use site='up' or 'down'"
-            )
+            raise InputError(f"{self.family.name} has no gate projection (its MLP is not gated); use 'up' or 'down'")
         wide = self.d_mlp * (2 if self.family.fused and site != "down" else 1)
         columns = (site == "down") != self.family.transposed
         shape = (self.d_model, wide) if columns else (wide, self.d_model)
@@ -279,7 +279,7 @@ class CheckpointWeights:
         """16 hex digits of config, tensor layout and 12 KiB of every tensor's bytes."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+            digest.update(f"{name} {tensor.shape} {tensor.stored}".encode())
             with open(tensor.path, "rb") as file:
                 for share in (0, 0.5, 1):
                     file.seek(tensor.offset + int(share * max(tensor.size - 4096, 0)))
@@ -300,15 +300,11 @@ class TensorFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype.
-
-        Raises:
-            ModelError: a quantised or integer tensor.
-        """
+        """The stored dtype; a `ModelError` where it is quantised or integer."""
         if self.stored not in _DTYPES:
+            known = ", ".join(_DTYPES)
             raise ModelError(
-                f"{self.name} in {self.path.name} is stored as {self.stored}; only {', '.join(_DTYPES)} can be decoded: "
-                f"use a checkpoint that is not quantised"
+                f"{self.name} is stored as {self.stored}; expected {known}, a checkpoint without quantisation"
             )
         return _DTYPES[self.stored][0]
 
@@ -331,11 +327,7 @@ class TensorFile:
 
 
 def read_headers(folder: Path) -> dict[str, TensorFile]:
-    """Every tensor of a folder's safetensors files.
-
-    Raises:
-        ModelError: no safetensors, a missing file, a truncated file, a damaged index or header.
-    """
+    """Every tensor of a folder's safetensors files; a `ModelError` where they are not all there and sound."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():  # as transformers, which then ignores an index
         return _read_header(single)
@@ -362,9 +354,8 @@ def read_headers(folder: Path) -> dict[str, TensorFile]:
 def _read_header(path: Path) -> dict[str, TensorFile]:
     total = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(total - 8, 100_000_000):
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > total or length > 100_000_000:
             raise ModelError(f"{path.name} is truncated or not a safetensors file: {total} bytes, header of {length}")
         header = _parse(file.read(length), f"the header of {path.name}")
     header.pop("__metadata__", None)

@@ -177,7 +177,11 @@ def _stack(drawn: Any, panels: list[_Panel]) -> None:
     height = (1 + _GAP) / len(panels)
     for at, (_, name, unit, settings) in enumerate(panels):
         top = 1 - at * height
-        axis = {"domain": [max(0.0, top - height + _GAP), top], "title": {"text": f"{name}<br>[{unit}]"}, **settings}
+        axis = {
+            "domain": [max(0.0, top - height + _GAP), top],
+            "title": {"text": f"{name}<br>[{unit}]", "font": {"size": 12}},
+            **settings,
+        }
         drawn.update_layout({"yaxis" if at == 0 else f"yaxis{at + 1}": axis})
     drawn.update_xaxes(anchor="y" if len(panels) == 1 else f"y{len(panels)}")
 
