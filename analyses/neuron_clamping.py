@@ -39,7 +39,24 @@ FAVOURITE = [
 ]
 
 
-def run(model: Any, out: Path, n_concepts: int = 10, n_prompts: int = 8, max_new_tokens: int = 24) -> Section:
+# How much is searched per concept. SHORT keeps ten concepts within a few minutes on two CPU cores.
+FULL: dict[str, Any] = {"n_candidates": 4, "n_finalists": 4, "n_random": 3}
+SHORT: dict[str, Any] = {
+    "n_candidates": 3,
+    "n_finalists": 3,
+    "n_random": 2,
+    "doses": (-80.0, -40.0, -20.0, 20.0, 40.0, 80.0),
+}
+
+
+def run(
+    model: Any,
+    out: Path,
+    n_concepts: int = 10,
+    n_prompts: int = 12,
+    max_new_tokens: int = 24,
+    effort: dict[str, Any] = FULL,
+) -> Section:
     """Search the best clamp of each concept, report it on other prompts, and sweep its dose.
 
     Args:
@@ -49,6 +66,7 @@ def run(model: Any, out: Path, n_concepts: int = 10, n_prompts: int = 8, max_new
         n_concepts: how many concepts of data/concepts.jsonl.
         n_prompts: how many search prompts, and as many report prompts, of data/prompts.jsonl.
         max_new_tokens: length of the answers.
+        effort: `FULL` or `SHORT`.
 
     Returns:
         A section for a report.
@@ -61,16 +79,13 @@ def run(model: Any, out: Path, n_concepts: int = 10, n_prompts: int = 8, max_new
     sample = [row["text"] for row in read_jsonl("sample_texts.jsonl")]
     sites = SITES if model.arch.family.gate is not None else ("up", "down")
     atlases = {site: atlas(model, out.parent / "neuron_decoding", site) for site in sites}
-    # Each site's own spread, over neutral prose, is the unit of the doses.
-    statistics = {
-        site: reuse_or_make(
-            out / f"statistics_{site}.parquet",
-            lambda site=site: neuron_statistics(model, sample, site),  # type: ignore[misc]
-            fingerprint=model.fingerprint,
-        )
-        for site in ("hidden",)
-    }
-    settings = {"chat": chat, "max_new_tokens": max_new_tokens, "progress": True}
+    # Each neuron's own spread, over neutral prose, is the unit of its doses.
+    statistics = reuse_or_make(
+        out / "statistics.parquet",
+        lambda: neuron_statistics(model, sample, [site if site != "down" else "hidden" for site in sites]),
+        fingerprint=model.fingerprint,
+    )
+    settings = {"chat": chat, "max_new_tokens": max_new_tokens, "statistics": statistics}
     found: dict[str, Result] = {}
     for row in read_jsonl("concepts.jsonl")[:n_concepts]:
         concept = row["concept"]
@@ -83,27 +98,31 @@ def run(model: Any, out: Path, n_concepts: int = 10, n_prompts: int = 8, max_new
                     search,
                     report,
                     atlases=atlases,
-                    sample_texts=sample[:32],
                     unrelated=row["unrelated"],
                     **settings,
+                    **effort,
                 ),
                 fingerprint=model.fingerprint,
-                parameters={"chat": chat, "max_new_tokens": max_new_tokens},
+                parameters={"chat": chat, "max_new_tokens": max_new_tokens, "n_candidates": effort["n_candidates"]},
             )
         except InputError as error:  # not a token of this model, or no neuron decodes to it
             print(f"{concept!r} left out: {error}")
     table = outcome_table(found)
-    dog = favourite_animal(model, found.get(" dog"), statistics["hidden"], sample, out, settings)
+    dog = favourite_animal(model, found.get(" dog"), out, settings)
     claims = [probability_claim(table), mention_claim(table), favourite_claim(dog)]
     write_claims(out / "claims.json", claims)
     items: list[Any] = [table, *([dog] if dog is not None else []), answers(found), *found.values()]
     text = (
-        f"For {len(found)} concepts, the neurons that decode to the concept are clamped at up, gate and hidden, with doses of both "
-        f"signs in standard deviations of the neuron. The clamp is chosen on {len(search)} prompts and reported on {len(report)} "
+        f"For {len(found)} concepts, the neurons that decode to the concept are clamped at up, gate and hidden, with doses of "
+        f"both signs in standard deviations of the neuron. The clamp is chosen on {len(search)} prompts and reported on {len(report)} "
         "others, beside random neurons of the same layer at the same dose, zero ablation and the model as it is. Fluency is "
         "the perplexity of the answer under the unclamped model."
     )
     return Section("Neurons: what clamping them does", text, items, claims)
+
+
+# What `make report` runs.
+REPORT: dict[str, Any] = {"n_prompts": 6, "max_new_tokens": 12, "effort": SHORT}
 
 
 def read_jsonl(name: str) -> list[dict[str, Any]]:
@@ -151,13 +170,13 @@ def answers(found: dict[str, Result]) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame({"concept": []})
 
 
-def favourite_animal(
-    model: Any, found: Result | None, statistics: Result, sample: list[str], out: Path, settings: dict[str, Any]
-) -> Result | None:
+def favourite_animal(model: Any, found: Result | None, out: Path, settings: dict[str, Any]) -> Result | None:
     """The paper's experiment: the dog neuron clamped, the favourite animal asked for; doses around the chosen one."""
-    if found is None or not found.frame["chosen"].any():
+    if found is None:
         return None
-    chosen = found.frame[found.frame["chosen"]].iloc[0]
+    tried = found.frame[(found.frame["stage"] == "search") & (found.frame["arm"] == "clamp")]
+    # The paper asks for dogs, not for fluency: where no clamp stayed fluent, the one that mentioned most.
+    chosen = tried.sort_values(["chosen", "mention_rate", "p_concept"], ascending=False).iloc[0]
     dose = float(chosen["dose"])
     doses = sorted({round(dose * factor, 3) for factor in (-1, 0.25, 0.5, 1, 1.5)})
     return reuse_or_make(
@@ -169,8 +188,7 @@ def favourite_animal(
             doses,
             neuron=(int(chosen["layer"]), int(chosen["neuron"])),
             site=chosen["site"],
-            statistics=statistics if chosen["site"] == "hidden" else None,
-            sample_texts=sample[:32],
+            n_random=2,
             **settings,
         ),
         fingerprint=model.fingerprint,
@@ -215,7 +233,7 @@ def favourite_claim(result: Result | None) -> Claim:
     claim = 'with the "dog" neuron clamped, the model always talks about dogs when asked for its favourite animal'
     paper = "always"
     if result is None:
-        return Claim(claim, SOURCE, paper, "no clamp of a dog neuron stayed fluent", None, 0, None)
+        return Claim(claim, SOURCE, paper, "not measured: no dog neuron was found", None, 0, None)
     frame = result.frame
     rates = frame[frame["arm"] == "clamp"].groupby("dose")["mentions"].agg(["mean", "sum", "size"])
     best = rates["mean"].idxmax()
@@ -223,9 +241,12 @@ def favourite_claim(result: Result | None) -> Claim:
     control = frame[(frame["arm"] == "random") & (frame["dose"] == best)]["mentions"].mean()
     plain = frame[frame["arm"] == "none"]["mentions"].mean()
     interval = wilson(int(row["sum"]), int(row["size"]))
+    perplexity = {arm: frame[frame["arm"] == arm] for arm in ("clamp", "none")}
+    at_best = perplexity["clamp"][perplexity["clamp"]["dose"] == best]
+    ratio = at_best["perplexity"].median() / perplexity["none"]["perplexity"].median()
     ours = (
-        f"{row['mean']:.0%} of {int(row['size'])} wordings at {best:g} sd, the best of {len(rates)} doses; random neurons "
-        f"{control:.0%}; unclamped {plain:.0%}"
+        f"{row['mean']:.0%} of {int(row['size'])} wordings at {best:g} sd, the best of {len(rates)} doses, at {ratio:.1f} times "
+        f"the perplexity; random neurons {control:.0%}; unclamped {plain:.0%}"
     )
     return Claim(claim, SOURCE, paper, ours, interval, int(row["size"]), bool(row["mean"] == 1))
 
@@ -240,13 +261,14 @@ def bootstrap_mean(values: np.ndarray, n: int = 5000, seed: int = 0) -> tuple[fl
 def main(
     model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
     concepts: Annotated[int, typer.Option(help="How many concepts of data/concepts.jsonl.")] = 10,
+    short: Annotated[bool, typer.Option(help="The smaller search that the report uses.")] = False,
     device: Annotated[str | None, typer.Option()] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
     out: Annotated[Path, typer.Option()] = Path("reports/neuron_clamping"),
 ) -> None:
     """Clamp concept neurons and write a report."""
     loaded = load_model(model, device=device, dtype=dtype)
-    section = run(loaded, out, concepts)
+    section = run(loaded, out, concepts, **(REPORT if short else {}))
     show(section.items[0])
     show(claims_frame(section.claims))
     print(write_report([section], out / "report.html", title=f"Clamped neurons of {loaded.name}"))

@@ -37,7 +37,7 @@ def main(
         ("neuron_decoding", lambda folder: neuron_decoding.run(loaded, folder)),
         (
             "neuron_clamping",
-            lambda folder: neuron_clamping.run(loaded, folder, n_concepts=10, n_prompts=6, max_new_tokens=16),
+            lambda folder: neuron_clamping.run(loaded, folder, **neuron_clamping.REPORT),
         ),
     ):
         began = time.perf_counter()

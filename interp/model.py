@@ -216,8 +216,8 @@ class Model:
         if seed is not None:
             set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        settings: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False, **_NO_SAMPLING}
-        ends = self._end_ids()
+        settings: dict[str, Any] = sampling if temperature > 0 else {"do_sample": False, **NO_SAMPLING}
+        ends = self.end_ids()
         output: list[list[int]] = [[] for _ in encoded]
         budget = max(1, max_tokens * longest // (longest + max_new_tokens))
 
@@ -228,7 +228,7 @@ class Model:
                 attention_mask=batch.mask.long(),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.pad_id,
-                **_PLAIN,
+                **PLAIN_GENERATION,
                 **settings,
             )[:, batch.input_ids.shape[1] :].tolist()
             for row, ids in zip(batch.rows, rows, strict=True):
@@ -245,7 +245,8 @@ class Model:
         if not hasattr(self.hf, "generate"):
             raise InputError(f"{type(self.hf).__name__} cannot generate text: load the class with the LM head")
 
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
+        """Token ids that end a generation, by the checkpoint's generation config; empty where it names none."""
         ends = getattr(getattr(self.hf, "generation_config", None), "eos_token_id", None)
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
@@ -274,10 +275,10 @@ class Model:
         )
 
 
-# Greedy decoding with a generation config that asks for sampling would warn about each of these.
-_NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None}
-# What a checkpoint's own generation config may ask for, and greedy decoding or plain sampling is not.
-_PLAIN = {
+# Settings of `generate` for greedy decoding: with a generation config that asks for sampling, each would cause a warning.
+NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None}
+# Settings of `generate` against what a checkpoint's own config may ask for, and greedy decoding or plain sampling is not.
+PLAIN_GENERATION = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "repetition_penalty": 1.0,

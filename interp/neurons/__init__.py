@@ -1,4 +1,4 @@
-"""Neurons: decode MLP weights through the LM head, find concepts, clamp them, compare models."""
+"""Neurons: decode MLP weights through the LM head, find concepts, clamp or remove them, compare models."""
 
 from importlib import import_module
 from typing import Any
@@ -12,6 +12,12 @@ _NAMES = {
     "search_clamp": "clamp_search",
     "neuron_statistics": "statistics",
     "concept_of": "concepts",
+    "concept_vector": "concept_vectors",
+    "plan_edit": "editing",
+    "apply_edit": "editing",
+    "edited": "editing",
+    "reverse": "editing",
+    "edit_report": "edit_effects",
 }
 __all__ = list(_NAMES)
 

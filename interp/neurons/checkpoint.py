@@ -30,20 +30,13 @@ from tqdm.auto import tqdm
 from interp.architectures import Family, family_of
 from interp.errors import InputError, ModelError
 from interp.neurons.atlas import ATLAS_COLUMNS, Atlas, atlas_frame
-from interp.neurons.decoding import (
-    DEFAULT_BUDGET,
-    DecodeOptions,
-    atlas_parameters,
-    check_options,
-    checked,
-    decode_layer,
-    vocabulary_of,
-)
+from interp.neurons.decoding import DecodeOptions, atlas_parameters, check_options, checked, decode_layer, vocabulary_of
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 
+# More than decode's: a head in half precision is turned to float32 once per chunk of neurons.
+CHECKPOINT_BUDGET = 96 * 2**20
 _MAPPED = 16 * 2**20  # bytes of a projection that are mapped at a time, where its columns are read
-_HEAD_ROWS = 256  # rows of the LM head that are checked at a time: summing half precision makes a float32 copy
 _DTYPES: dict[str, tuple[torch.dtype, Any]] = {
     "F32": (torch.float32, np.float32),
     "F16": (torch.float16, np.float16),
@@ -68,7 +61,7 @@ def decode_checkpoint(
     shuffle: bool = False,
     seed: int = 0,
     device: str = "cpu",
-    memory_budget: int = DEFAULT_BUDGET,
+    memory_budget: int = CHECKPOINT_BUDGET,
     progress: bool | str = True,
 ) -> Atlas:
     """Decode the neurons of a checkpoint on disk, streaming.
@@ -79,10 +72,10 @@ def decode_checkpoint(
         site, norm, signs, top_k, bias, layers, sample, shuffle, seed: as in `interp.neurons.decoding`.
         device: where the products run.
         memory_budget: bytes of logits held at a time.
-        progress: a progress bar on stderr.
+        progress: a progress bar on stderr; a string is its description.
 
     Returns:
-        The `Atlas`, equal to `decode` of the loaded model. `interp.load_result(out)` reads it again.
+        The `Atlas`, equal to `decode` of the loaded model; `interp.load_result(out)` reads it again.
 
     Raises:
         InputError: see `decode`.
@@ -101,6 +94,7 @@ def decode_checkpoint(
     check_options(options, weights, weights.vocab_size, chosen)
     weights.require(options, chosen)
     tokenizer_json, tokens = weights.vocabulary()
+    parameters = atlas_parameters(options, weights, chosen, weights.vocab_size)
     described = SimpleNamespace(
         name=weights.folder.name, fingerprint=weights.fingerprint, dtype=weights.dtype, attention=None, device=device
     )
@@ -109,9 +103,7 @@ def decode_checkpoint(
         Path(out).expanduser(),
         kind="neurons.atlas",
         columns=ATLAS_COLUMNS,
-        provenance=Provenance.collect(
-            described, seed=seed, parameters=atlas_parameters(options, weights, chosen, weights.vocab_size)
-        ),
+        provenance=Provenance.collect(described, seed=seed, parameters=parameters),
         units=list(units),
         attachments={} if tokenizer_json is None else {"tokenizer": tokenizer_json},
     )
@@ -162,8 +154,8 @@ class CheckpointWeights:
         usual = {prefix for prefix in found if prefix.rstrip(".") in self.family.layers}
         known = usual or {prefix for prefix in found if "vision" not in prefix}
         if len(known) != 1:
-            usual_name = f"{self.family.layers[0]}.0.{self.family.up}.weight"
-            raise ModelError(f"{self.folder} has no tensors named like {usual_name}, or several sets of them")
+            name = f"{self.family.layers[0]}.0.{self.family.up}.weight"
+            raise ModelError(f"{self.folder} has no tensors named like {name}, or several sets of them")
         prefix = known.pop()
         stated = getattr(self.config, "num_hidden_layers", None) or getattr(self.config, "n_layer", None)
         n_layers = found.count(prefix) if stated is None else stated
@@ -230,10 +222,7 @@ class CheckpointWeights:
 
     def head(self) -> Tensor:
         """The LM head, checked to be finite; memory-mapped (or on the device)."""
-        head = self.tensors[self.head_name].map()
-        for rows in head.split(_HEAD_ROWS):
-            checked(rows, self.head_name)
-        return head.to(self.device)
+        return checked(self.tensors[self.head_name].map(), self.head_name).to(self.device)
 
     def _vector(self, name: str, size: int) -> Tensor:
         return checked(self._get(name, size).read().float(), name).to(self.device)

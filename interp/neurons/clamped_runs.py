@@ -31,7 +31,7 @@ from torch import Tensor
 from interp.batching import Batch, current_rows, for_each_batch, pad
 from interp.errors import InputError
 from interp.intervene import Clamp, intervene
-from interp.model import _NO_SAMPLING, _PLAIN, Model, set_seed
+from interp.model import NO_SAMPLING, PLAIN_GENERATION, Model, set_seed
 
 _LOGIT_BYTES = 256 * 2**20  # logits held while continuations are scored
 
@@ -240,7 +240,7 @@ def _forked(
 
     # As `Model.generate` decodes.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    greedy = {"do_sample": False, **_NO_SAMPLING}
+    greedy = {"do_sample": False, **NO_SAMPLING}
     prompt = ids.expand(order.size, -1)
     handle = model.hf.register_forward_hook(keep)
     try:
@@ -249,13 +249,13 @@ def _forked(
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             pad_token_id=model.pad_id,
-            **_PLAIN,
+            **PLAIN_GENERATION,
             **(sampling if temperature > 0 else greedy),
             **past,
         )[:, length:].tolist()
     finally:
         handle.remove()
-    ends = model._end_ids()
+    ends = model.end_ids()
     cut = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return first[0], [tuple(row[:at]) for row, at in zip(rows, cut, strict=True)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from interp.neurons.editing import ARMS, summarise_edit
+from interp.neurons.edit_effects import ARMS, summarise_edit
 from interp.plotting import PALETTE, REFERENCE, figure, to_float32
 from interp.results import Result
 from interp.tokens import for_plotly

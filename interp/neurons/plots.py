@@ -8,10 +8,11 @@ import numpy as np
 
 from interp.neurons.atlas import Atlas
 from interp.neurons.clamping_plots import clamp_search, dose_response, statistics
+from interp.neurons.editing_plots import edit
 from interp.plotting import PALETTE, REFERENCE, band, figure, token_axis
 from interp.results import Result
 
-__all__ = ["atlas", "card", "clamp_search", "compare", "dose_response", "specialised", "statistics"]
+__all__ = ["atlas", "card", "clamp_search", "compare", "dose_response", "edit", "specialised", "statistics"]
 
 
 def atlas(result: Atlas, control: Atlas | None = None) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 BLOCK = 64
 # exp stays finite and its reciprocal normal below this, with room for a sum over 10⁶ tokens.
 _SAFE = 70.0
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,23 @@ def _block_extremes(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _top(logits: Tensor, extremes: Tensor, k: int, sign: int) -> tuple[Tensor, Tensor]:
-    blocks = _order(extremes * sign).topk(min(k, extremes.shape[1]), dim=1).indices  # (neuron, k)
+    blocks = _largest(extremes * sign, None, min(k, extremes.shape[1]))  # (neuron, k)
     ids = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)  # (neuron, k·64)
     beyond = ids >= logits.shape[1]
-    values = logits.gather(1, ids.clamp(max=logits.shape[1] - 1)) * sign
-    order = _order(values, ids).masked_fill(beyond, torch.iinfo(torch.int64).min)
-    at = order.topk(k, dim=1).indices
+    values = logits.gather(1, ids.clamp_(max=logits.shape[1] - 1)).mul_(sign)
+    if beyond.any():
+        values.masked_fill_(beyond, -torch.inf)
+        ids.masked_fill_(beyond, logits.shape[1])
+    at = _largest(values, ids, k)
     return values.gather(1, at), ids.gather(1, at)
+
+
+def _largest(values: Tensor, ids: Tensor | None, k: int) -> Int[Tensor, "neuron k"]:
+    """Where the k largest values of each row are, best first, ties by lower id (or position)."""
+    more = values.topk(min(k + 1, values.shape[1]), dim=1)
+    if not (more.values[:, 1:] == more.values[:, :-1]).any():
+        return more.indices[:, :k]
+    return _order(values, ids).topk(k, dim=1).indices
 
 
 def _order(values: Tensor, ids: Tensor | None = None) -> Int[Tensor, "neuron item"]:
@@ -103,29 +114,27 @@ def _exp_sums(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Per sign: log-sum-exp of the signed logits, and their mean under the softmax."""
     n, vocab = logits.shape
-    result = {sign: (torch.empty_like(highest), torch.empty_like(highest)) for sign in signs}
+    sums, dots = (torch.empty(len(signs), n, device=logits.device) for _ in range(2))
     step = max(1, 400_000 // vocab) if logits.device.type == "cpu" else n
-    scratch = torch.empty(min(step, n), vocab, device=logits.device)
-    small = bool((highest < _SAFE).all() and (lowest > -_SAFE).all())
+    scratch = torch.empty(len(signs), min(step, n), vocab, device=logits.device)
+    shifts = torch.stack([highest if sign == 1 else -lowest for sign in signs])
+    if (shifts.abs() < _SAFE).all():
+        shifts.zero_()
+    mirrored = not shifts.any()
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         z = logits[rows]
-        e = scratch[: z.shape[0]]
+        e = scratch[:, : len(z)]
         for at, sign in enumerate(signs):
-            if not small:
-                shift = highest[rows] if sign == 1 else lowest[rows]
-                torch.sub(z, shift[:, None], out=e)
-                if sign == -1:
-                    e.neg_()
-                e.exp_()
-            elif at == 0:
-                torch.exp(z if sign == 1 else -z, out=e)
-            else:
-                torch.reciprocal(e, out=e)
-            total = e.sum(1)
-            lse, mean = result[sign]
-            torch.div(torch.linalg.vecdot(e, z) * sign, total, out=mean[rows])
-            torch.log(total, out=lse[rows])
-            if not small:
-                lse[rows] += highest[rows] if sign == 1 else -lowest[rows]
-    return result
+            if mirrored and at == 1:
+                torch.reciprocal(e[0], out=e[1])
+                continue
+            # exp(x) as 2^(x · log2 e): torch's exp2 takes a third of the time of its exp.
+            torch.mul(z, sign * _LOG2_E, out=e[at])
+            if not mirrored:
+                e[at] -= shifts[at, rows, None] * _LOG2_E
+            e[at].exp2_()
+        sums[:, rows] = e.sum(2)
+        dots[:, rows] = torch.mul(e, z, out=e).sum(2)
+    lse = sums.log() + shifts
+    return {sign: (lse[at], dots[at] * sign / sums[at]) for at, sign in enumerate(signs)}

@@ -69,7 +69,7 @@ def _alone(model: Any, ids: list[int], clamp: Clamp | None, length: int) -> tupl
     with torch.no_grad(), intervene(model, *([clamp] if clamp else [])):
         log_p = forward(model, batch).logits[0, -1].float().log_softmax(-1)
         out = model.generate_ids([ids], max_new_tokens=length)[0]
-    return log_p, [token for token in out if token not in model._end_ids()]
+    return log_p, [token for token in out if token not in model.end_ids()]
 
 
 @pytest.mark.parametrize("mode", ["set", "add", "scale"])

@@ -12,19 +12,9 @@ from tiny_models import GATED, VOCAB, tiny_encoder, tiny_hf, tiny_tokenizer
 
 from interp.errors import InputError, ModelError
 from interp.model import load_model
-from interp.neurons.editing import (
-    ConceptVector,
-    Edit,
-    Row,
-    apply_edit,
-    concept_vector,
-    edit_report,
-    edited,
-    plan_edit,
-    random_edit,
-    reverse,
-    summarise_edit,
-)
+from interp.neurons.concept_vectors import ConceptVector, concept_vector
+from interp.neurons.edit_effects import edit_report, summarise_edit
+from interp.neurons.editing import Edit, Row, apply_edit, edited, plan_edit, random_edit, reverse
 from interp.results import load_result
 
 WATER = VOCAB.index("▁water")
@@ -50,7 +40,7 @@ def direction(seed: int = 3) -> torch.Tensor:
 
 @torch.no_grad()
 def read_by_mlp(model: Any, layer: int, x: torch.Tensor) -> torch.Tensor:
-    """What the layer's own norm makes of a long vector, without the bias: an independent way to step 3."""
+    """What the layer's own norm makes of a long vector, without the bias: an independent way to step 1 of `editing`."""
     norm = model.arch.pre_mlp_norm(layer)
     if norm is None:
         return x
