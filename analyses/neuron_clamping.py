@@ -114,9 +114,9 @@ def run(
     items: list[Any] = [table, *([dog] if dog is not None else []), answers(found), *found.values()]
     text = (
         f"For {len(found)} concepts, the neurons that decode to the concept are clamped at up, gate and hidden, with doses of "
-        f"both signs in standard deviations of the neuron. The clamp is chosen on {len(search)} prompts and reported on {len(report)} "
-        "others, beside random neurons of the same layer at the same dose, zero ablation and the model as it is. Fluency is "
-        "the perplexity of the answer under the unclamped model."
+        "both signs in standard deviations of the neuron. The clamp is chosen on "
+        f"{len(search)} prompts and reported on {len(report)} others, beside random neurons of the same layer at the same dose, "
+        "zero ablation and the model as it is. Fluency is the perplexity of the answer under the unclamped model."
     )
     return Section("Neurons: what clamping them does", text, items, claims)
 
