@@ -21,7 +21,7 @@ from analyses.neuron_decoding import SITES, SOURCE, atlas
 from interp import load_model
 from interp.cli import show
 from interp.errors import InputError
-from interp.neurons import dose_response, neuron_statistics, search_clamp
+from interp.neurons import concept_of, dose_response, neuron_statistics, search_clamp
 from interp.neurons.atlas import wilson
 from interp.report import Section, write_report
 from interp.report.claims import Claim, claims_frame, write_claims
@@ -98,7 +98,7 @@ def run(
                     search,
                     report,
                     atlases=atlases,
-                    unrelated=row["unrelated"],
+                    unrelated=if_token(model, row["unrelated"]),
                     **settings,
                     **effort,
                 ),
@@ -128,6 +128,15 @@ REPORT: dict[str, Any] = {"n_prompts": 6, "max_new_tokens": 12, "effort": SHORT}
 def read_jsonl(name: str) -> list[dict[str, Any]]:
     """Rows of one of our own data files."""
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def if_token(model: Any, word: str) -> str | None:
+    """A control word, unless this model's tokenizer cuts it into pieces."""
+    try:
+        concept_of(model, word)
+    except InputError:
+        return None
+    return word
 
 
 def outcome_table(found: dict[str, Result]) -> pd.DataFrame:
@@ -167,7 +176,11 @@ def answers(found: dict[str, Result]) -> pd.DataFrame:
         if len(texts):
             first = texts.drop_duplicates("prompt")["prompt"].head(2)
             rows.append(texts[texts["prompt"].isin(first)].assign(concept=concept))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame({"concept": []})
+    if not rows:
+        return pd.DataFrame({"concept": []})
+    table = pd.concat(rows, ignore_index=True)
+    first_columns = ["concept", "arm", "prompt", "text"]
+    return table[first_columns + [name for name in table.columns if name not in first_columns]]
 
 
 def favourite_animal(model: Any, found: Result | None, out: Path, settings: dict[str, Any]) -> Result | None:
@@ -189,6 +202,7 @@ def favourite_animal(model: Any, found: Result | None, out: Path, settings: dict
             neuron=(int(chosen["layer"]), int(chosen["neuron"])),
             site=chosen["site"],
             n_random=2,
+            unrelated=if_token(model, " chair"),
             **settings,
         ),
         fingerprint=model.fingerprint,
@@ -216,8 +230,8 @@ def probability_claim(table: pd.DataFrame) -> Claim:
 
 def mention_claim(table: pd.DataFrame) -> Claim:
     """Do the answers speak of the concept?"""
-    claim = "a clamped model speaks of the concept, whatever it is asked"
-    source = f"{SOURCE}, generalised by us to all concepts and prompts"
+    claim = "clamped, the model speaks of the concept more often than with random neurons clamped"
+    source = f"ours, after {SOURCE}: other concepts, prompts about other things"
     done = table.dropna(subset=["mentions"]) if "mentions" in table else table.iloc[:0]
     if done.empty:
         return Claim(claim, source, None, "no clamp stayed fluent", None, 0, None)
