@@ -89,7 +89,9 @@ def conform(frame: "pd.DataFrame", columns: Sequence[Column]) -> "pd.DataFrame":
     if any(name is not None for name in frame.index.names):
         raise InputError(f"the frame's index {list(frame.index.names)} would be lost: call reset_index() first")
     frame = frame.reset_index(drop=True)
-    return pd.DataFrame({column.name: _cast(frame[column.name], column) for column in columns}, index=frame.index)
+    series = {column.name: _cast(frame[column.name], column) for column in columns}
+    shared = int(pd.__version__.split(".")[0]) >= 3  # from pandas 3 on, whoever changes shared values gets a copy
+    return pd.DataFrame(series, index=frame.index, copy=not shared)
 
 
 def _cast(series: "pd.Series", column: Column) -> "pd.Series":

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+import interp.neurons.vocabulary_cpu  # noqa: F401  numba cannot compile what the hook has wrapped
+
 _hook = install_import_hook(
     ["interp.architectures", "interp.batching", "interp.capture", "interp.model", "interp.sources", "interp.neurons"],
     "beartype.beartype",

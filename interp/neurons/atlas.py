@@ -44,7 +44,9 @@ def atlas_frame(parts: Sequence[Any], tokens: Sequence[str]) -> pd.DataFrame:
     sizes = [len(part.neurons) for part in parts]
     ids = np.concatenate([part.token_id.reshape(-1) for part in parts]).astype(np.int32)
     # Categories by text, since several ids can share one text (bytes that are no text by themselves).
-    categories, code_of = np.unique(np.array(tokens, dtype=object).astype(str), return_inverse=True)
+    categories = sorted(set(tokens))
+    code = {text: at for at, text in enumerate(categories)}
+    code_of = np.fromiter((code[text] for text in tokens), np.int32, len(tokens))
 
     def each(name: str) -> np.ndarray:
         return np.repeat(np.concatenate([getattr(part, name).reshape(-1) for part in parts]), k)
@@ -62,7 +64,8 @@ def atlas_frame(parts: Sequence[Any], tokens: Sequence[str]) -> pd.DataFrame:
             "logsumexp": each("logsumexp"),
             "entropy": each("entropy"),
             "cosine": np.repeat(np.concatenate([part.cosine for part in parts]), per_neuron),
-        }
+        },
+        copy=False,  # the arrays are nobody else's
     )
 
 

@@ -3,8 +3,8 @@
 1. Headers of all files are read and checked: the tensors must fill their file without gaps or overlaps.
 2. The family's table row (`interp.architectures`) says which tensors are needed: one layer's up, gate or down, norms, head.
    Their names, shapes and dtypes are checked before anything is written.
-3. The LM head is memory-mapped once; of everything else only the rows of the running chunk are in memory. A Llama-3.1-8B
-   or 70B folder needs its LM head and a few hundred megabytes.
+3. Everything is memory-mapped, and only while it is in use: of the LM head a tile of the vocabulary, of the MLP the rows of some
+   neurons. A Llama-3.1-8B or 70B folder needs a few hundred megabytes, less than its LM head.
 4. One Parquet shard per layer. After a kill the next call goes on with the missing layers, and the result is identical to
    one made without interruption; two processes on one folder do not disturb each other.
 """
@@ -30,12 +30,21 @@ from tqdm.auto import tqdm
 from interp.architectures import Family, family_of
 from interp.errors import InputError, ModelError
 from interp.neurons.atlas import ATLAS_COLUMNS, Atlas, atlas_frame
-from interp.neurons.decoding import DecodeOptions, atlas_parameters, check_options, checked, decode_layer, vocabulary_of
+from interp.neurons.decoding import (
+    DecodeOptions,
+    atlas_parameters,
+    check_options,
+    checked,
+    decode_layer,
+    decoding_processors,
+    vocabulary_of,
+)
+from interp.neurons.vocabulary import Matrix
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 
-# More than decode's: a head in half precision is turned to float32 once per chunk of neurons.
-CHECKPOINT_BUDGET = 96 * 2**20
+CHECKPOINT_BUDGET = 64 * 2**20
+_CHECKED = 4096  # rows of the LM head
 _MAPPED = 16 * 2**20  # bytes of a projection that are mapped at a time, where its columns are read
 _DTYPES: dict[str, tuple[torch.dtype, Any]] = {
     "F32": (torch.float32, np.float32),
@@ -71,7 +80,7 @@ def decode_checkpoint(
         out: the folder for the shards; made if absent, resumed if it holds part of the same run.
         site, norm, signs, top_k, bias, layers, sample, shuffle, seed: as in `interp.neurons.decoding`.
         device: where the products run.
-        memory_budget: bytes of logits held at a time.
+        memory_budget: bytes of logits and weights held at a time.
         progress: a progress bar on stderr; a string is its description.
 
     Returns:
@@ -109,15 +118,18 @@ def decode_checkpoint(
     )
     per_layer = min(weights.d_mlp, sample or weights.d_mlp)
     description = progress if isinstance(progress, str) else f"decode {site} of {weights.folder.name}"
-    with tqdm(total=len(chosen) * per_layer, desc=description, unit="neuron", disable=not progress, leave=False) as bar:
-        head: Tensor | None = None
+    with (
+        tqdm(total=len(chosen) * per_layer, desc=description, unit="neuron", disable=not progress, leave=False) as bar,
+        decoding_processors(weights.device) as processors,
+    ):
+        head: Matrix | None = None
         for unit, layer in units.items():
             if unit not in run.missing():  # asked every time: another process may have made it meanwhile
                 bar.update(per_layer)
                 continue
             head = weights.head() if head is None else head
-            run.write(unit, atlas_frame([decode_layer(weights, head, layer, options, memory_budget, bar)], tokens))
-    del head  # the whole atlas comes into memory now
+            part = decode_layer(weights, head, layer, options, processors, memory_budget, bar)
+            run.write(unit, atlas_frame([part], tokens))
     result = run.finish()
     assert isinstance(result, Atlas)
     return result
@@ -220,9 +232,12 @@ class CheckpointWeights:
             at = slice(at.start + self.d_mlp, at.stop + self.d_mlp) if isinstance(at, slice) else at + self.d_mlp
         return checked(tensor.read_columns(at).T if columns else tensor.read(at), tensor.name)
 
-    def head(self) -> Tensor:
-        """The LM head, checked to be finite; memory-mapped (or on the device)."""
-        return checked(self.tensors[self.head_name].map(), self.head_name).to(self.device)
+    def head(self) -> Matrix:
+        """The LM head, checked to be finite: on the device, or on disk where the device is a CPU."""
+        head = MatrixOnDisk(self.tensors[self.head_name])
+        for start in range(0, len(head), _CHECKED):
+            checked(head[start : start + _CHECKED], self.head_name)
+        return head if self.device.type == "cpu" else head[:].to(self.device)
 
     def _vector(self, name: str, size: int) -> Tensor:
         return checked(self._get(name, size).read().float(), name).to(self.device)
@@ -301,9 +316,9 @@ class TensorFile:
         # Copy-on-write: torch refuses read-only arrays, and nothing may reach the file.
         return np.memmap(self.path, dtype=_DTYPES[self.stored][1], mode="c", offset=self.offset, shape=self.shape)
 
-    def map(self) -> Tensor:
-        """The whole tensor, memory-mapped."""
-        return torch.from_numpy(self._memmap()).view(self.dtype)
+    def map(self, part: slice) -> Tensor:
+        """Some rows, memory-mapped; they leave memory together with the tensor."""
+        return torch.from_numpy(self._memmap()[part]).view(self.dtype)
 
     def read(self, at: Any = ()) -> Tensor:
         """A part, copied, so that the mapping does not outlive the call."""
@@ -313,6 +328,20 @@ class TensorFile:
         """Some columns, copied. They touch every page, so only a part of the rows is mapped at a time."""
         step = max(1, _MAPPED * self.shape[0] // self.size)
         return torch.cat([self.read((slice(row, row + step), at)) for row in range(0, self.shape[0], step)])
+
+
+class MatrixOnDisk:
+    """A matrix of which only the rows in use are in memory (see `interp.neurons.vocabulary.Matrix`)."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self.shape, self.dtype, self.device = torch.Size(file.shape), file.dtype, torch.device("cpu")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self._file.map(part)
 
 
 def read_headers(folder: Path) -> dict[str, TensorFile]:

@@ -17,14 +17,16 @@ The paper gives no normalisation, sign or indices; those below are our own defin
 γ_f, γ_l: gains of the final and the layer's pre-MLP norm. For LayerNorm models `final` and `folded` also centre, and add
 the biases only if asked to. Norms *after* the MLP (Gemma, OLMo 2) and a soft cap on the logits are left out.
 
-Steps: read the rows of some neurons; normalise in float32; multiply with the LM head into float32 logits, as many neurons
-at a time as the memory budget allows; keep top-k, log-sum-exp and entropy (`interp.neurons.vocabulary`).
+Steps: read the rows of some neurons, as many at a time as the memory budget allows; normalise in float32; multiply with the
+LM head into float32 logits, of which top-k, log-sum-exp and entropy are kept (`interp.neurons.vocabulary`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,13 +39,15 @@ from tqdm.auto import tqdm
 from interp.errors import InputError, ModelError
 from interp.model import Model
 from interp.neurons.atlas import ATLAS_COLUMNS, Atlas, atlas_frame
-from interp.neurons.vocabulary import TopTokens, top_tokens
+from interp.neurons.vocabulary import TILE, Matrix, TopTokens, top_tokens
+from interp.processors import Processors, one_processor_each
 from interp.provenance import Provenance
 
 SITES = ("up", "gate", "down")
 NORMS = ("raw", "rms", "final", "folded")
 DEFAULT_BUDGET = 48 * 2**20
-_HEAD_TILE = 1024  # vocabulary rows that are turned to float32 at a time
+_STEP = 64  # neurons are shared out among processors, and shuffled, in multiples of this
+_MOST = 1024  # neurons decoded at a time, where one processor decodes them
 
 
 @runtime_checkable
@@ -59,8 +63,8 @@ class Weights(Protocol):
         """Weights of some neurons in the stored dtype, one row each."""
         ...
 
-    def head(self) -> Float[Tensor, "vocab d_model"]:
-        """The LM head in the stored dtype."""
+    def head(self) -> Matrix:
+        """The LM head (vocab, d_model) in the stored dtype."""
         ...
 
     def head_bias(self) -> Float[Tensor, " vocab"] | None:
@@ -106,7 +110,7 @@ def decode(
         shuffle: the control: permute each neuron's weights before decoding, with `seed`.
         seed: for `sample` and `shuffle`.
         head_from: decode through this model's final norm and LM head instead, to compare two models' neurons alone.
-        memory_budget: bytes of logits held at a time; the default is also close to the fastest.
+        memory_budget: bytes of logits and weights held at a time; the default is also close to the fastest.
         progress: a progress bar on stderr; a string is its description.
 
     Returns:
@@ -133,10 +137,13 @@ def decode(
     parts = []
     description = progress if isinstance(progress, str) else f"decode {site}"
     total = len(chosen) * min(weights.d_mlp, sample or weights.d_mlp)
-    with tqdm(total=total, desc=description, unit="neuron", disable=not progress, leave=False) as bar:
+    with (
+        tqdm(total=total, desc=description, unit="neuron", disable=not progress, leave=False) as bar,
+        decoding_processors(weights.device) as processors,
+    ):
         head = checked(weights.head(), "LM head")
         for layer in chosen:
-            parts.append(decode_layer(weights, head, layer, options, memory_budget, bar))
+            parts.append(decode_layer(weights, head, layer, options, processors, memory_budget, bar))
     tokenizer_json, tokens = vocabulary_of((head_from or model).tokenizer, vocab_size)
     parameters = atlas_parameters(options, weights, chosen, vocab_size)
     parameters["head_from"] = head_from.fingerprint if head_from is not None else None
@@ -213,60 +220,82 @@ class LayerPart:
     cosine: np.ndarray  # (neuron,)
 
 
-@torch.no_grad()
+def decoding_processors(device: torch.device) -> contextlib.AbstractContextManager[Processors]:
+    """As many as torch may use where a CPU does the products; another device is one processor."""
+    return one_processor_each(torch.get_num_threads() if device.type == "cpu" else 1)
+
+
 def decode_layer(
-    weights: Weights, head: Tensor, layer: int, options: DecodeOptions, memory_budget: int, bar: Any = None
+    weights: Weights,
+    head: Matrix,
+    layer: int,
+    options: DecodeOptions,
+    processors: Processors,
+    memory_budget: int,
+    bar: Any = None,
 ) -> LayerPart:
-    """Decode one layer's neurons, chunk by chunk."""
-    device, vocab = head.device, head.shape[0]
+    """Decode one layer's neurons, a piece of them at a time on each processor."""
     neurons = torch.arange(weights.d_mlp)
-    generator = torch.Generator().manual_seed(options.seed * 100_003 + layer)
     if options.sample is not None and options.sample < weights.d_mlp:
+        generator = torch.Generator().manual_seed(options.seed * 100_003 + layer)
         neurons = torch.randperm(weights.d_mlp, generator=generator)[: options.sample].sort().values
-    size = max(1, min(len(neurons), memory_budget // (4 * vocab)))
-    logits = torch.empty(size, vocab, device=device)
-    found: dict[int, list[TopTokens]] = {sign: [] for sign in options.signs}
-    cosines = []
-    for start in range(0, len(neurons), size):
+    logits = min(TILE, len(head)) if head.device.type == "cpu" else len(head)
+    size = _piece(len(neurons), processors.n, memory_budget // (4 * (logits + 8 * head.shape[1])))
+
+    @torch.no_grad()
+    def piece(start: int) -> tuple[Tensor, dict[int, TopTokens]]:
         some = neurons[start : start + size]
         at: slice | Tensor = some if options.sample else slice(start, start + len(some))
         rows = checked(
-            weights.rows(options.site, layer, at).to(device).float(), f"{options.site} weights of layer {layer}"
+            weights.rows(options.site, layer, at).to(head.device).float(), f"{options.site} weights of layer {layer}"
         )
-        cosines.append(_cosine(weights, options.site, layer, at, rows))
+        cosine = _cosine(weights, options.site, layer, at, rows)
         if options.shuffle:
-            # One permutation per neuron: the same numbers, in directions that mean nothing.
-            noise = torch.rand(rows.shape, generator=generator).to(device)
-            rows = rows.gather(1, noise.argsort(1))
-        for sign, kept in _decode_rows(weights, head, layer, rows, options, logits[: len(some)]):
-            found[sign].append(kept)
+            rows = _shuffled(rows, (options.seed * 100_003 + layer) * 100_003 + start // _STEP)
+        return cosine, _decode_rows(weights, head, layer, rows, options)
+
+    cosines, found = [], []
+    for cosine, tops in processors.map(piece, range(0, len(neurons), size)):
+        cosines.append(cosine)
+        found.append(tops)
         if bar is not None:
-            bar.update(len(some))
+            bar.update(len(cosine))
 
     def stacked(name: str) -> np.ndarray:
-        by_sign = [torch.cat([getattr(top, name) for top in found[sign]]) for sign in options.signs]
+        by_sign = [torch.cat([getattr(tops[sign], name) for tops in found]) for sign in options.signs]
         return torch.stack(by_sign, 1).cpu().numpy()
 
     arrays = {name: stacked(name) for name in ("token_id", "probability", "logsumexp", "entropy")}
+    arrays["token_id"] = arrays["token_id"].astype(np.int32)
     return LayerPart(layer, neurons.numpy(), options.signs, cosine=torch.cat(cosines).cpu().numpy(), **arrays)
 
 
+def _piece(n: int, processors: int, budget: int) -> int:
+    """Neurons decoded at a time by each processor: as many for each, a multiple of `_STEP`, if possible."""
+    most = max(_STEP, min(_MOST, budget // processors))
+    rounds = math.ceil(n / (most * processors))
+    return math.ceil(n / (rounds * processors) / _STEP) * _STEP
+
+
+def _shuffled(rows: Tensor, seed: int) -> Tensor:
+    """Every row's numbers in an order of its own; the same for a neuron, however many are decoded at a time."""
+    parts = []
+    for step, some in enumerate(rows.split(_STEP)):
+        noise = torch.rand(some.shape, generator=torch.Generator().manual_seed(seed + step)).to(rows.device)
+        parts.append(some.gather(1, noise.argsort(1)))
+    return torch.cat(parts)
+
+
 def _decode_rows(
-    weights: Weights, head: Tensor, layer: int, rows: Tensor, options: DecodeOptions, logits: Tensor
-) -> Iterator[tuple[int, TopTokens]]:
+    weights: Weights, head: Matrix, layer: int, rows: Tensor, options: DecodeOptions
+) -> dict[int, TopTokens]:
     v = normalise(weights, layer, rows, options.norm)
     if not options.bias:
-        product(v, head, logits)
-        yield from top_tokens(logits, options.top_k, options.signs).items()
-        return
+        return top_tokens(v, head, options.top_k, options.signs)
     # With a bias the two signs are no mirror images.
     _, shift = weights.final_norm()
-    extra = weights.head_bias()
-    for sign in options.signs:
-        product(v * sign if shift is None else v * sign + shift, head, logits)
-        if extra is not None:
-            logits += extra
-        yield sign, top_tokens(logits, options.top_k, (1,))[1]
+    signed = {sign: v * sign if shift is None else v * sign + shift for sign in options.signs}
+    return {sign: top_tokens(v, head, options.top_k, (1,), weights.head_bias())[1] for sign, v in signed.items()}
 
 
 def normalise(weights: Weights, layer: int, rows: Tensor, norm: str) -> Float[Tensor, "neuron d_model"]:
@@ -277,22 +306,10 @@ def normalise(weights: Weights, layer: int, rows: Tensor, norm: str) -> Float[Te
     v = rows if gain is None else rows * gain
     if weights.layer_norm and norm != "rms":
         v = v - v.mean(1, keepdim=True)
-    v = v / v.pow(2).mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    rms = torch.linalg.vector_norm(v, dim=1, keepdim=True) / math.sqrt(v.shape[1])
+    v = v / rms.clamp(min=torch.finfo(torch.float32).tiny)
     final, _ = weights.final_norm()
-    return v if norm == "rms" or final is None else v * final
-
-
-def product(v: Tensor, head: Tensor, out: Tensor) -> None:
-    """`out = v @ head.T` in float32, without a float32 copy of a half-precision head."""
-    if head.dtype == torch.float32:
-        torch.mm(v, head.T, out=out)
-    elif head.device.type == "cuda":
-        # The product in the model's dtype on the tensor cores, accumulated and kept in float32.
-        out.copy_(torch.mm(v.to(head.dtype), head.T, out_dtype=torch.float32))
-    else:
-        for start in range(0, head.shape[0], _HEAD_TILE):
-            tile = head[start : start + _HEAD_TILE].float()
-            out[:, start : start + len(tile)] = v @ tile.T
+    return v if norm == "rms" or final is None else v.mul_(final)
 
 
 def _cosine(weights: Weights, site: str, layer: int, at: slice | Tensor, rows: Tensor) -> Float[Tensor, " neuron"]:
