@@ -56,8 +56,8 @@ def run(quick: bool) -> list[Row]:
             unit="MiB",
             n=f"{sample or SHAPE['d_mlp']:,} of {SHAPE['d_mlp']:,} neurons × {SHAPE['d_model']:,}, {SHAPE['vocab']:,} tokens, "
             f"bfloat16, both signs",
-            note=f"largest resident memory of the whole process, Python and torch included; the LM head has {head / MIB:,.0f} MiB; "
-            f"{(seen['process'] - seen['baseline']) / MIB:,.0f} MiB above a process that has only imported "
+            note=f"largest resident memory of the whole process, Python and torch included; the LM head has "
+            f"{head / MIB:,.0f} MiB; {(seen['process'] - seen['baseline']) / MIB:,.0f} MiB above a process that only imported "
             f"decode_checkpoint ({seen['baseline'] / MIB:,.0f} MiB){parts}; took {seen['said']['seconds']:.0f} s",
             more={"above_imports_mib": (seen["process"] - seen["baseline"]) / MIB, "seconds": seen["said"]["seconds"]},
         )
