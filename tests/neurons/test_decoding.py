@@ -11,6 +11,7 @@ from tiny_models import GATED, VOCAB, tiny_encoder, tiny_hf, tiny_tokenizer
 
 from interp.errors import InputError, ModelError
 from interp.model import load_model
+from interp.neurons import decoding, vocabulary
 from interp.neurons.decoding import decode
 
 
@@ -91,13 +92,32 @@ def test_a_planted_neuron_is_found_at_every_site(family: str, site: str, norm: s
     assert ((found["layer"] == 1) & (found["neuron"] == 7) & (found["sign"] == -1) & (found["rank"] == 1)).any()
 
 
-def test_budget_and_chunks_change_nothing(tiny: Any) -> None:
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_pieces_and_processors_change_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
     model = tiny("llama")
-    whole = decode(model, progress=False).frame
-    chunked = decode(model, memory_budget=1, progress=False).frame
-    assert whole["token_id"].equals(chunked["token_id"])
-    np.testing.assert_allclose(whole["probability"], chunked["probability"], rtol=1e-5)
-    assert whole.equals(decode(model, progress=False).frame)  # bit for bit
+    monkeypatch.setattr(decoding, "_STEP", 8)
+    before = torch.get_num_threads()
+    whole = decode(model, shuffle=shuffle, progress=False).frame
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            pieces = decode(model, shuffle=shuffle, memory_budget=1, progress=False).frame
+            assert whole["token_id"].equals(pieces["token_id"])
+            np.testing.assert_allclose(whole["probability"], pieces["probability"], rtol=1e-5)
+            np.testing.assert_allclose(whole["entropy"], pieces["entropy"], rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+    assert whole.equals(decode(model, shuffle=shuffle, progress=False).frame)  # bit for bit
+
+
+def test_the_way_of_other_devices_gives_the_same(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    tiles = decode(model, top_k=6, progress=False).frame
+    monkeypatch.setattr(vocabulary, "_in_tiles", vocabulary._at_once)
+    at_once = decode(model, top_k=6, progress=False).frame
+    assert tiles["token_id"].equals(at_once["token_id"])
+    for column in ("probability", "logsumexp", "entropy"):
+        np.testing.assert_allclose(tiles[column], at_once[column], rtol=1e-5)
 
 
 def test_half_precision_is_decoded_in_float32(tiny: Any) -> None:
