@@ -55,6 +55,7 @@ def from_source(
     attention: str | None,
     with_tokenizer: bool,
 ) -> tuple[Any, Any, str]:
+    """Model, tokenizer and name of a name, hub id, folder or file; the arguments are `interp.load_model`'s."""
     spread = str(device) == "auto"
     target = None if spread else find_device(device)
     on_cpu = target is not None and target.type == "cpu"

@@ -10,7 +10,7 @@ import transformers
 from tiny_models import FAMILIES, GATED, SIZES, tiny_encoder, tiny_hf, tiny_tokenizer
 from torch.nn import functional
 
-from interp import architectures
+from interp import architectures, families
 from interp.architectures import Architecture, Family, family_of, register, stored_weight
 from interp.capture import Keep, run_probes
 from interp.errors import InputError, InterpError, ModelError
@@ -249,7 +249,7 @@ def test_unknown_site(tiny: Any) -> None:
 
 
 def test_unknown_family_says_how_to_register_and_then_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "FAMILIES", dict(architectures.FAMILIES))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     config = transformers.StableLmConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=32)
     hf = transformers.StableLmForCausalLM(config).eval()
     with pytest.raises(ModelError, match=r"unknown model_type 'stablelm'.*gpt2.*llama.*register\(") as caught:
@@ -270,7 +270,7 @@ def test_register_refuses_what_cannot_be_right() -> None:
 
 
 def test_a_wrong_path_names_module_and_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "FAMILIES", dict(architectures.FAMILIES))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     register(Family("Wrong", ("llama",), up="mlp.no_such"))
     with pytest.raises(ModelError, match=r"layer 0 of LlamaForCausalLM has no 'mlp.no_such'"):
         load_model(tiny_hf())
@@ -280,7 +280,7 @@ def test_a_wrong_path_names_module_and_path(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_attention_without_weights_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "FAMILIES", dict(architectures.FAMILIES))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     register(Family("Wrong", ("llama",), attention="self_attn.o_proj"))  # returns one tensor, no pattern
     with pytest.raises(ModelError, match="no attention weights"):
         load_model(tiny_hf())

@@ -45,7 +45,7 @@ class TopTokens:
 
 @runtime_checkable
 class Matrix(Protocol):
-    """A tensor of two dimensions, or what reads parts of one (`interp.neurons.checkpoint.MatrixOnDisk`)."""
+    """A tensor of two dimensions, or what reads parts of one (`interp.neurons.checkpoint_files.MatrixOnDisk`)."""
 
     shape: torch.Size
     dtype: torch.dtype

@@ -25,7 +25,7 @@ import interp
 from interp import architectures, shards
 from interp.errors import InputError, ModelError, ResourceError, ResultError
 from interp.model import load_model
-from interp.neurons import checkpoint
+from interp.neurons import checkpoint, checkpoint_files
 from interp.neurons.atlas import Atlas
 from interp.neurons.checkpoint import CheckpointWeights, decode_checkpoint
 from interp.neurons.decoding import DecodeOptions, decode
@@ -305,8 +305,8 @@ def test_without_a_tokenizer(copy: Path, out: Path) -> None:
 
 def test_reads_only_what_it_needs(llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
-    memmap = checkpoint.TensorFile._memmap
-    monkeypatch.setattr(checkpoint.TensorFile, "_memmap", lambda self: names.add(self.name) or memmap(self))
+    memmap = checkpoint_files.TensorFile._memmap
+    monkeypatch.setattr(checkpoint_files.TensorFile, "_memmap", lambda self: names.add(self.name) or memmap(self))
     run(llama, out, layers=[1])
     projections = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "down")}
     assert names == {"lm_head.weight", "model.norm.weight"} | projections
