@@ -14,7 +14,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from analyses import neuron_clamping, neuron_decoding
+from analyses import concept_editing, neuron_clamping, neuron_decoding
 from interp import load_model
 from interp.cli import show
 from interp.errors import InterpError
@@ -39,6 +39,7 @@ def main(
             "neuron_clamping",
             lambda folder: neuron_clamping.run(loaded, folder, **neuron_clamping.REPORT),
         ),
+        ("concept_editing", lambda folder: concept_editing.run(loaded, folder, **concept_editing.REPORT)),
     ):
         began = time.perf_counter()
         sections.append(analysis(out / name))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_hf, tiny_tokenizer
 
-from analyses import neuron_clamping, neuron_decoding
+from analyses import concept_editing, neuron_clamping, neuron_decoding
 from interp import load_model
 from interp.report import write_report
 
@@ -72,3 +72,31 @@ def test_clamping_reports_every_arm(model: Any, tmp_path: Path, monkeypatch: pyt
     assert table["concept"].tolist() == [" dog"]
     assert table["n"].tolist() == [2]
     assert rows[2]["n"] == 2
+
+
+def test_editing_reports_every_arm_and_leaves_the_model(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {
+        "triggers.jsonl": [
+            {"concept": concept, "text": text}
+            for concept in (" dog", " water")
+            for text in ("the old", "a king in the")
+        ]
+        + [{"concept": " no such token", "text": "the"}],
+        "sample_texts.jsonl": [{"text": "the water of the sea is red"}, {"text": "a king in the old sun"}],
+    }
+    monkeypatch.setattr(concept_editing, "read_jsonl", lambda name: words[name])
+    monkeypatch.setattr(concept_editing, "COUNTS", (1, 2))
+    before = {name: value.clone() for name, value in model.hf.state_dict().items()}
+    section = concept_editing.run(model, tmp_path / "concept_editing")
+    assert all(torch.equal(value, before[name]) for name, value in model.hf.state_dict().items())
+    rows = json.loads((tmp_path / "concept_editing" / "claims.json").read_text())
+    assert [list(row) for row in rows] == [KEYS] * 2
+    assert rows[0]["n"] == 2
+    table = section.items[0]
+    assert len(table) == 2 * (1 + 2 * 3)
+    assert table.loc[table["arm"] == "none", "kl"].tolist() == [0, 0]
+    assert (table.loc[table["arm"] != "none", "kl"] >= 0).all()
+    low, high = rows[1]["interval"]
+    assert 0 <= low <= high

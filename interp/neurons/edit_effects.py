@@ -13,8 +13,8 @@ The measures' exact definitions, the controls and the unrelated concept are our 
 3. At every position of neutral texts: KL(before ‖ after) of the next token in nats, as median and quartiles; perplexity, the
    exponential of the mean negative log-likelihood of the tokens after the first.
 
-Measured by us on SmolLM2-135M-Instruct, six prompts a concept: one or five edits remove neither " water", " music" nor " dog".
-The closest rows of the last layers belong partly to neurons that write against the concept (29, 1342 for " water"), so that
+Measured by us on SmolLM2-135M-Instruct (`analyses/concept_editing.py`): one or five edits remove none of five concepts. The
+closest rows of the last layers belong partly to neurons that write against the concept (29, 1342 for " water"), so that
 reversing them can make it likelier. So read the controls, and choose `layers` and `sites` for a model by measuring.
 """
 
