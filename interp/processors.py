@@ -50,8 +50,13 @@ def one_processor_each(n: int) -> Iterator[Processors]:
 
     before = torch.get_num_threads()
     with ThreadPoolExecutor(n, "interp", initializer=start) as pool:
-        for _ in range(n):
-            pool.submit(int)
-        ready.wait()
-        torch.set_num_threads(before)  # the number set last is also what threads to come start with
+        try:
+            for _ in range(n):
+                pool.submit(int)
+            ready.wait()
+        except BaseException:
+            ready.abort()  # or the threads that have started would wait for ever
+            raise
+        finally:
+            torch.set_num_threads(before)  # the number set last is also what threads to come start with
         yield Processors(n, pool.map)

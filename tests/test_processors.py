@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,3 +49,20 @@ def test_an_exception_cancels_what_has_not_begun() -> None:
     with pytest.raises(ValueError, match="no"), one_processor_each(2) as processors:
         list(processors.map(call, range(200)))
     assert len(done) < 100
+
+
+def test_an_interruption_at_the_start_leaves_nothing_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, submitted = torch.get_num_threads(), []
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(pool: ThreadPoolExecutor, *args: object) -> object:
+        submitted.append(args)
+        if len(submitted) == 2:
+            raise KeyboardInterrupt
+        return submit(pool, *args)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt), one_processor_each(3):
+        raise AssertionError("not reached")
+    assert torch.get_num_threads() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("interp")]
