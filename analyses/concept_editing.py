@@ -30,6 +30,8 @@ from interp.reuse import reuse_or_make
 
 SOURCE = "Davies et al. 2024, arXiv 2412.10257"
 COUNTS = (1, 5)  # edits per concept
+COLUMNS = ["concept", "arm", "n_rows", "n_prompts", "p_concept", "p_concept_low", "p_concept_high", "p_unrelated", "kl"]
+NOTHING = pd.DataFrame({name: [] for name in (*COLUMNS, "perplexity")})  # where no concept is a token
 REPORT = {"n_texts": 6}  # what `make report` runs
 
 
@@ -65,9 +67,10 @@ def run(model: Any, out: Path, n_texts: int = 16) -> Section:
                         progress=f"edit {concept.strip()}, {n}",
                     ),
                     fingerprint=model.fingerprint,
+                    parameters={"n_texts": len(texts), "n_prompts": len(prompts)},
                 )
             )
-    table = pd.concat([summarise_edit(result) for result in found], ignore_index=True)
+    table = pd.concat([summarise_edit(result) for result in found] or [NOTHING], ignore_index=True)
     table = table.drop_duplicates(["concept", "arm", "n_rows"], ignore_index=True)  # "none" is the same for every count
     claims = [removal_claim(table), divergence_claim(model, list(triggers), texts)]
     write_claims(out / "claims.json", claims)
@@ -77,10 +80,7 @@ def run(model: Any, out: Path, n_texts: int = 16) -> Section:
         f"are those of {len(texts)} neutral texts. Beside it: random rows of the same layers reversed, and the same rows zeroed. "
         "The model is left as it was."
     )
-    columns = ["concept", "arm", "n_rows", "n_prompts", "p_concept", "p_concept_low", "p_concept_high"]
-    return Section(
-        "Neurons: editing a concept out", text, [table[[*columns, "p_unrelated", "kl", "perplexity"]]], claims
-    )
+    return Section("Neurons: editing a concept out", text, [table[[*COLUMNS, "perplexity"]]], claims)
 
 
 def removal_claim(table: pd.DataFrame) -> Claim:

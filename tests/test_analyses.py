@@ -100,3 +100,25 @@ def test_editing_reports_every_arm_and_leaves_the_model(
     assert (table.loc[table["arm"] != "none", "kl"] >= 0).all()
     low, high = rows[1]["interval"]
     assert 0 <= low <= high
+
+
+def test_editing_where_no_concept_is_a_token(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"triggers.jsonl": [{"concept": " no such", "text": "the"}], "sample_texts.jsonl": [{"text": "the sea"}]}
+    monkeypatch.setattr(concept_editing, "read_jsonl", lambda name: words[name])
+    section = concept_editing.run(model, tmp_path / "concept_editing")
+    assert [claim.holds for claim in section.claims] == [None, None]
+    assert write_report([section], tmp_path / "r.html").exists()
+
+
+def test_editing_with_other_texts_is_made_again(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {
+        "triggers.jsonl": [{"concept": " dog", "text": text} for text in ("the old", "a king")],
+        "sample_texts.jsonl": [{"text": "the water of the sea"}, {"text": "a king in the old sun"}],
+    }
+    monkeypatch.setattr(concept_editing, "read_jsonl", lambda name: words[name])
+    sizes = []
+    original = concept_editing.edit_report
+    monkeypatch.setattr(concept_editing, "edit_report", lambda *a, **k: sizes.append(len(a[3])) or original(*a, **k))
+    for n_texts in (2, 1, 1):
+        concept_editing.run(model, tmp_path / "concept_editing", n_texts=n_texts)
+    assert sizes == [2, 2, 1, 1]
