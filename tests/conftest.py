@@ -14,7 +14,10 @@ from jaxtyping import install_import_hook
 import interp.neurons.vocabulary_cpu  # noqa: F401  numba cannot compile what the hook has wrapped
 
 _hook = install_import_hook(
-    ["interp.architectures", "interp.batching", "interp.capture", "interp.model", "interp.sources", "interp.neurons"],
+    [
+        *("interp.architectures", "interp.families", "interp.batching", "interp.capture", "interp.model"),
+        *("interp.sources", "interp.neurons"),
+    ],
     "beartype.beartype",
 )
 

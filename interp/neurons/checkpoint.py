@@ -1,7 +1,7 @@
 """Decode a safetensors checkpoint layer by layer, without ever building the model.
 
 1. Headers of all files are read and checked: the tensors must fill their file without gaps or overlaps.
-2. The family's table row (`interp.architectures`) says which tensors are needed: one layer's up, gate or down, norms, head.
+2. The family's table row (`interp.families`) says which tensors are needed: one layer's up, gate or down, norms, head.
    Their names, shapes and dtypes are checked before anything is written.
 3. Everything is memory-mapped, and only while it is in use: of the LM head a tile of the vocabulary, of the MLP the rows of some
    neurons. A Llama-3.1-8B or 70B folder needs a few hundred megabytes, less than its LM head.
@@ -40,8 +40,9 @@ from interp.neurons.vocabulary import Matrix
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 
+# More than decode's: a head in half precision is turned to float32 once per piece of neurons.
 CHECKPOINT_BUDGET = 64 * 2**20
-_CHECKED = 4096  # rows of the LM head
+_CHECKED = 4096  # rows of the LM head that are checked at a time
 # Where a config leaves out tie_word_embeddings, its model type's default counts: True for these.
 _TIED = {"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2"}
 
@@ -226,7 +227,8 @@ class CheckpointWeights:
         """The LM head, checked to be finite: on the device, or on disk where the device is a CPU."""
         head = MatrixOnDisk(self.tensors[self.head_name])
         for start in range(0, len(head), _CHECKED):
-            checked(head[start : start + _CHECKED], self.head_name)
+            some = head[start : start + _CHECKED]
+            checked(some, f"rows {start} … {start + len(some) - 1} of {self.head_name}")
         return head if self.device.type == "cpu" else head[:].to(self.device)
 
     def _vector(self, name: str, size: int) -> Tensor:

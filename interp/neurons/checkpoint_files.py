@@ -135,6 +135,7 @@ def _read_header(path: Path) -> dict[str, TensorFile]:
 
 
 def read_config(folder: Path) -> SimpleNamespace:
+    """config.json, of a multimodal model the language part; a `ModelError` where it is not there or damaged."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json: expected a folder with config.json and *.safetensors")
