@@ -255,6 +255,11 @@ class Architecture:
         """Columns of the down projection as rows: what each neuron writes."""
         return self._rows(self.down_proj(layer), writes=True)
 
+    def output_weight(self, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
+        """The attention's output projection by head: a head's value vector `v` adds `v @ weight[head]`."""
+        rows = self._rows(self.o_proj(layer), writes=True)
+        return rows.reshape(self.n_heads, self.d_head, self.d_model)
+
     def head_weight(self) -> Float[Tensor, "vocab d_model"]:
         """The LM head's matrix."""
         return stored_weight(self.lm_head(), "weight")

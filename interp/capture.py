@@ -180,7 +180,7 @@ def estimate_bytes(model: Model, sites: Iterable[str], n_texts: int, length: int
     tokens = n_texts * length
     per_token = 6 * arch.d_model + 2 * arch.n_heads * arch.d_head + 3 * arch.d_mlp
     total = tokens * per_token * size
-    if "pattern" in sites or model.attention == "eager":
+    if "pattern" in sites or "eager" in model.attention:
         total += n_texts * arch.n_heads * length * length * (size + 2 * 4)
     if "logits" in sites:
         total += tokens * arch.vocab_size * (size + 4)

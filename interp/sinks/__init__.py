@@ -1,0 +1,22 @@
+"""Sinks: which heads look at the first token, on which kind of text, what the sink tokens hold, and whether it matters."""
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "scan": "scanning",
+    "Scan": "scan_table",
+    "compare": "comparison",
+    "classify": "classification",
+}
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RESULT_TYPES":
+        from interp.sinks.scan_table import Scan
+
+        return {"sinks.scan": Scan}
+    if name in _NAMES:
+        return getattr(import_module(f"interp.sinks.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'interp.sinks' has no attribute {name!r}")
