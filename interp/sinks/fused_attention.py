@@ -210,8 +210,8 @@ def _in_blocks(
 
 
 def block_scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Scores of some queries against some keys, float32: (…, query, key)."""
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    """Scores of some queries against some keys, float32 also where these are not: (…, query, key)."""
+    scores = (query.float() @ key.float().transpose(-1, -2)) * scaling
     return scores if softcap is None else (scores / softcap).tanh() * softcap
 
 
@@ -274,7 +274,9 @@ def _eager(
     _refuse(module, other, None, query, key)
     own = _own_eager(module)
     passed = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, **other}
-    output, pattern = own(module, query, key, value, attention_mask, **{k: v for k, v in passed.items() if v is not None})
+    output, pattern = own(
+        module, query, key, value, attention_mask, **{k: v for k, v in passed.items() if v is not None}
+    )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     recorder = _recorder.get()
     if recorder is not None:

@@ -88,7 +88,9 @@ def permutation_test(first: np.ndarray, second: np.ndarray, n_permutations: int 
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape[1:] != second.shape[1:] or not len(first) or not len(second):
-        raise InputError(f"two domains of shapes {first.shape} and {second.shape}; expected the same heads and some texts")
+        raise InputError(
+            f"two domains of shapes {first.shape} and {second.shape}; expected the same heads and some texts"
+        )
     n, size = len(first) + len(second), len(first)
     pooled = np.concatenate([first, second]).reshape(n, -1)
     if n < 3:

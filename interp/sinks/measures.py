@@ -4,7 +4,7 @@ Of a layer's residual stream (the block's output), per text (`residual_measures`
     resid_first, resid_sinks      ‖x‖ at position 0; mean over the sink tokens
     resid_others, resid_others_max  median and maximum over the other tokens
     massive_1 … 3                 the three largest |x|, with dimension and position (Sun et al., arXiv 2402.17762)
-    median_abs                    median |x|, over at most 256 evenly spaced tokens
+    median_abs                    median |x|, over at most 128 evenly spaced tokens
 
 Of its attention, per text and head (`attention_measures`); A is the pattern, S the sink set:
     mass_first     m_0 = Σ_q A[q, 0] / (queries that see key 0)             (Gu et al., arXiv 2410.10781)
@@ -20,8 +20,6 @@ Everything is float32, and padding (on the right) enters nowhere.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,7 +38,7 @@ ATTENTION_MEASURES = (
     "output_norm",
     "delta_logit",
 )
-_MEDIAN_TOKENS = 256
+_MEDIAN_TOKENS = 128
 # Scores of queries against sink tokens that live at a time: 64 MiB of float32.
 _SINK_SCORES = 2**24
 
@@ -68,15 +66,14 @@ def residual_measures(
     missing = float("nan")
     others = norms.masked_fill(~_others(mask, sinks), missing)
     # The three largest entries lie in the three tokens with the largest maxima.
-    peaks = torch.linalg.vector_norm(resid, float("inf"), dim=-1).float().masked_fill(~mask, -1)
+    peaks = torch.maximum(resid.amax(-1), -resid.amin(-1)).float().masked_fill(~mask, -1)
     tokens = peaks.topk(min(MASSIVE, peaks.shape[1]), dim=1).indices  # (batch, 3)
     rows = torch.arange(len(resid), device=resid.device)[:, None]
     candidates = resid[rows, tokens].float().masked_fill(~mask[rows, tokens][..., None], 0)
     largest = candidates.abs().flatten(1).topk(MASSIVE, dim=1).indices
     position, dimension = tokens.gather(1, largest // resid.shape[-1]), largest % resid.shape[-1]
     step = max(1, -(-mask.shape[1] // _MEDIAN_TOKENS))
-    sample = resid[:, ::step].float().abs()
-    sample = sample.masked_fill_(~mask[:, ::step, None], missing) if not bool(mask.all()) else sample
+    sample = resid[:, ::step].float().abs().masked_fill_(~mask[:, ::step, None], missing)
     return {
         "resid_first": norms[:, 0],
         "resid_sinks": _mean_where(norms, sinks),
@@ -168,10 +165,10 @@ def _from_lse(seen: Seen, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, 
     # Others of query q: keys 1 … q − 1; all of them are visible wherever key 0 is.
     compared = sees_first & (positions >= 2)
     if seen.softcap is None:
-        # Σ_k s_qk = q · Σ_k k: a running sum of keys, in float64 since it grows with the text.
-        keys = seen.key.double().cumsum(2) - seen.key[:, :, :1].double()
-        keys = (keys - seen.key.double()) / (positions - 1).clamp(min=1)[:, None]
-        mean_others = _dot(query, keys.float()) * seen.scaling
+        # Σ_k s_qk = q · Σ_k k: a running sum of keys, in float64 since it grows with the text. Queries 0 and 1 have no others.
+        keys = seen.key[:, :, 1:-1].cumsum(2, dtype=torch.float64).float()
+        mean_others = _dot(query[:, :, 2:], keys) * (seen.scaling / (positions[2:] - 1))
+        mean_others = torch.nn.functional.pad(mean_others, (min(2, length), 0))
     else:
         mean_others = _capped_means(seen)
     difference = _mean_where(to_first - mean_others, compared[:, None].expand_as(lse))
@@ -189,7 +186,7 @@ def _from_pattern(seen: Seen, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
     mass = (pattern * sinks[:, None, None, :]).sum(-1)
     sees_sink = (sees[None] & sinks[:, None, :]).any(-1)
     on_sinks = _mean_where(mass, (queries & sees_sink[:, None]).expand_as(mass))
-    scores = block_scores(seen.query.float(), _per_head(seen.key, seen.query).float(), seen.scaling, seen.softcap)
+    scores = block_scores(seen.query, _per_head(seen.key, seen.query), seen.scaling, seen.softcap)
     others = sees.clone().fill_diagonal_(False)
     others[:, 0] = False
     mean_others = _mean_where(scores, others.expand_as(scores))
@@ -201,7 +198,7 @@ def _scores_to(seen: Seen, at: Tensor) -> Tensor:
     """Scores of every query to chosen keys, (batch, sink) positions: (batch, head, position, sink)."""
     index = at[:, None, :, None].expand(-1, seen.key.shape[1], -1, seen.key.shape[-1])
     keys = _per_head(seen.key.gather(2, index), seen.query)
-    return block_scores(seen.query.float(), keys.float(), seen.scaling, seen.softcap)
+    return block_scores(seen.query, keys, seen.scaling, seen.softcap)
 
 
 def _capped_means(seen: Seen) -> Tensor:
@@ -212,7 +209,7 @@ def _capped_means(seen: Seen) -> Tensor:
     means = []
     for start in range(0, length, step):
         end = min(start + step, length)
-        scores = block_scores(seen.query[:, :, start:end].float(), keys[:, :, :end], seen.scaling, seen.softcap)
+        scores = block_scores(seen.query[:, :, start:end], keys[:, :, :end], seen.scaling, seen.softcap)
         others = visible(start, end, 0, end, None, keys.device)
         distance = torch.arange(start, end, device=keys.device)[:, None] - torch.arange(end, device=keys.device)
         others &= distance > 0
@@ -230,7 +227,7 @@ def _per_head(shared: Tensor, query: Tensor) -> Tensor:
 def _dot(query: Tensor, keys: Tensor) -> Tensor:
     """Each query with its own key vector, keys shared by groups of heads: (batch, head, position)."""
     batch, heads, length, width = query.shape
-    grouped = query.float().reshape(batch, keys.shape[1], -1, length, width)
+    grouped = query.float().reshape(batch, keys.shape[1], heads // keys.shape[1], length, width)
     return (grouped * keys[:, :, None]).sum(-1).reshape(batch, heads, length)
 
 
@@ -245,8 +242,3 @@ def _mean_where(values: Tensor, where: Tensor) -> Tensor:
     # masked_fill and not a product: what padding queries hold may be infinite.
     total = values.masked_fill(~where, 0).sum(-1)
     return total / where.sum(-1)  # 0 / 0 is NaN
-
-
-def as_numbers(measures: dict[str, Any]) -> dict[str, Any]:
-    """The same on the CPU as numpy."""
-    return {name: tensor.cpu().numpy() for name, tensor in measures.items()}

@@ -24,12 +24,19 @@ SCAN_COLUMNS = (
     Column("head", "int16", "head", "0-based; -1 for the layer's residual stream (the block's output)"),
     Column("n_tokens", "int32", "tokens", "length of the text"),
     Column("mass_first", "float32", "probability", "attention on key 0, mean over the queries that see it"),
-    Column("mass_sinks", "float32", "probability", "attention on the sink set, mean over the queries that see one of it"),
+    Column(
+        "mass_sinks", "float32", "probability", "attention on the sink set, mean over the queries that see one of it"
+    ),
     Column("value_first", "float32", "norm", "norm of what the value vector at position 0 writes (after W_O)"),
     Column("value_sinks", "float32", "norm", "the same, mean over the sink set"),
     Column("value_others", "float32", "norm", "the same, median over tokens that are neither sinks nor position 0"),
     Column("output_norm", "float32", "norm", "norm of what the head writes, mean over positions after the first"),
-    Column("delta_logit", "float32", "nats", "score to key 0 minus the mean score to other visible keys but the query's own"),
+    Column(
+        "delta_logit",
+        "float32",
+        "nats",
+        "score to key 0 minus the mean score to other visible keys but the query's own",
+    ),
     Column("resid_first", "float32", "norm", "residual norm at position 0"),
     Column("resid_sinks", "float32", "norm", "residual norm, mean over the sink set"),
     Column("resid_others", "float32", "norm", "residual norm, median over tokens neither sinks nor position 0"),
@@ -175,7 +182,9 @@ class Scan(Result):
             return pd.DataFrame(columns=["domain", "token_id", "first", "texts", "n"])
         n = last.groupby("domain", observed=True)["text"].nunique()
         groups = pd.DataFrame(rows).groupby(["domain", "token_id"])
-        table = groups.agg(first=("position", lambda at: float((at == 0).mean())), texts=("text", "nunique")).reset_index()
+        table = groups.agg(
+            first=("position", lambda at: float((at == 0).mean())), texts=("text", "nunique")
+        ).reset_index()
         table["n"] = [int(n[domain]) for domain in table["domain"]]
         table["texts"] = table["texts"] / table["n"]
         if tokenizer is not None:
@@ -191,13 +200,13 @@ class Scan(Result):
         """
         rows = self.frame[self.frame["head"] < 0]
         parts = []
-        for (domain, layer), group in rows.groupby(["domain", "layer"], observed=True):
+        for (domain, _), group in rows.groupby(["domain", "layer"], observed=True):
             dims = group["massive_1_dim"].astype(int)
             dim = int(dims.mode().iloc[0])
             parts.append(
                 {
                     "domain": domain,
-                    "layer": int(layer),
+                    "layer": int(group["layer"].iloc[0]),
                     "dim": dim,
                     "share": float((dims == dim).mean()),
                     "at_first": float((group["massive_1_position"] == 0).mean()),
