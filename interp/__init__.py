@@ -1,4 +1,4 @@
-"""interp: which neurons hold which concept, and what happens when they are clamped. Names load on first use."""
+"""interp: which neurons hold which concept, which heads are sinks on which text, and whether it matters. Names load lazily."""
 
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,7 @@ _NAMES = {
     "load_result": "interp.results",
     "InterpError": "interp.errors",
 }
-_PACKAGES = ("adapters", "architectures", "batching", "neurons", "report", "resources", "results")
+_PACKAGES = ("adapters", "architectures", "batching", "neurons", "report", "resources", "results", "sinks")
 
 __all__ = [*_NAMES, *_PACKAGES]
 

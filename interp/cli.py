@@ -1,4 +1,4 @@
-"""The command line: `interp neurons|report|resources …`. A thin shell that imports nothing heavy until a command runs.
+"""The command line: `interp neurons|sinks|report|resources …`. A thin shell that imports nothing heavy until a command runs.
 
 Progress goes to stderr; a readable table, or JSON with `--json`, goes to stdout. Errors that interp raises on purpose end
 the command with their message and exit status 1, Ctrl-C with 130.
@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from interp.cli_shared import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    load,
+    save,
+    show,
+)
+from interp.cli_sinks import sinks
 from interp.errors import InputError, InterpError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from interp.model import Model
-
 app = typer.Typer(
-    help="Mechanistic interpretability of transformers: which neurons hold which concept, and what clamping them does.",
+    help="Mechanistic interpretability of transformers: which neurons hold which concept, and which heads are sinks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,20 +39,11 @@ neurons = typer.Typer(
 )
 resources = typer.Typer(help="Pinned models and corpora that come from package registries.", no_args_is_help=True)
 app.add_typer(neurons, name="neurons")
+app.add_typer(sinks, name="sinks")
 app.add_typer(resources, name="resources")
 
-ModelOption = Annotated[str, typer.Option("--model", help="Embedded name, hub id, folder or .gguf file.")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or auto; default: cuda if present.")
-]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seeds torch, numpy and random.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Where to write the result (Parquet).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 SiteOption = Annotated[str, typer.Option("--site", help="up, gate or down.")]
 NormOption = Annotated[str, typer.Option("--norm", help="raw, rms, final or folded.")]
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def main() -> None:
@@ -93,8 +92,8 @@ def neurons_decode(
     else:
         from interp.neurons.decoding import decode
 
-        atlas = decode(_load(model, device, dtype), site, norm, top_k=top_k, seed=seed)
-        _save(atlas, out)
+        atlas = decode(load(model, device, dtype), site, norm, top_k=top_k, seed=seed)
+        save(atlas, out)
     show(atlas.by_layer(), as_json)
 
 
@@ -120,8 +119,8 @@ def neurons_find(
     else:
         from interp.neurons.decoding import decode
 
-        found_in = decode(_load(model, device, dtype), site, norm, seed=seed)
-        _save(found_in, out)
+        found_in = decode(load(model, device, dtype), site, norm, seed=seed)
+        save(found_in, out)
     found = found_in.find(concept[0] if len(concept) == 1 else concept, top=top)
     counted = found.attrs["concept"]
     print(f"tokens counted: {', '.join(map(repr, counted['tokens']))}", file=sys.stderr)
@@ -155,7 +154,7 @@ def neurons_clamp(
 
     from interp.intervene import Clamp, intervene
 
-    loaded = _load(model, device, dtype)
+    loaded = load(model, device, dtype)
     layer, neuron = loaded.arch.check_layer(layer), loaded.arch.check_neuron(neuron)
     control = _random_neuron(loaded.arch.d_mlp, neuron, seed)
     arms = [("none", -1, 0.0), *(("clamp", neuron, v) for v in value), *(("random", control, v) for v in value)]
@@ -190,9 +189,7 @@ def neurons_clamp(
             "chat": chat,
             "max_new_tokens": max_new_tokens,
         }
-        _save(
-            Result("neurons.clamp", frame, columns, Provenance.collect(loaded, seed=seed, parameters=parameters)), out
-        )
+        save(Result("neurons.clamp", frame, columns, Provenance.collect(loaded, seed=seed, parameters=parameters)), out)
     show(frame, as_json)
 
 
@@ -214,7 +211,7 @@ def neurons_compare(
     from interp.neurons.comparison import compare
 
     result = compare(_load_atlas(first), _load_atlas(second), sign=sign)
-    _save(result, out)
+    save(result, out)
     show(result.frame, as_json)
 
 
@@ -253,12 +250,6 @@ def resources_fetch(name: Annotated[str, typer.Argument(help="A name from `inter
     print(fetch(name))
 
 
-def _load(source: str, device: str | None, dtype: str | None) -> Model:
-    from interp.model import load_model
-
-    return load_model(source, device=device, dtype=dtype)
-
-
 def _load_atlas(path: Path) -> Any:
     from interp.neurons.atlas import Atlas
     from interp.results import load_result
@@ -269,34 +260,3 @@ def _load_atlas(path: Path) -> Any:
             f"{path} is a result of kind {result.kind!r}; expected an atlas, as `interp neurons decode --out` writes"
         )
     return result
-
-
-def _save(result: Any, out: Path | None) -> None:
-    if out is not None:
-        print(f"wrote {result.save(out)}", file=sys.stderr)
-
-
-def show(frame: pd.DataFrame, as_json: bool = False) -> None:
-    """Print a frame: JSON records, or a table with visible spaces in text and 4 digits in numbers."""
-    if as_json:
-        print(frame.to_json(orient="records", force_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from interp.tokens import visible
-
-    def cell(value: Any) -> Text:
-        if isinstance(value, str):
-            return Text(visible(value, inner=False))  # Text, not markup: tokens such as "[/]" stay text
-        return Text(f"{value:.4g}" if isinstance(value, float) else str(value))
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in frame.columns:
-        text = frame[name].dtype == object or str(frame[name].dtype) in ("str", "category")
-        table.add_column(str(name), justify="left" if text else "right", overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(cell, row))
-    wide = None if sys.stdout.isatty() else 160
-    Console(width=wide, highlight=False).print(table)

@@ -16,7 +16,14 @@ import interp.neurons.vocabulary_cpu  # noqa: F401  numba cannot compile what th
 _hook = install_import_hook(
     [
         *("interp.architectures", "interp.families", "interp.batching", "interp.capture", "interp.model"),
-        *("interp.sources", "interp.neurons"),
+        *(
+            "interp.sources",
+            "interp.neurons",
+            "interp.sinks.fused_attention",
+            "interp.sinks.measures",
+            "interp.sinks.losses",
+        ),
+        *("interp.sinks.ablated_runs", "interp.sinks.bigram_model", "interp.sinks.bigram_backcopy"),
     ],
     "beartype.beartype",
 )

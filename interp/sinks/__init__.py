@@ -8,6 +8,14 @@ _NAMES = {
     "Scan": "scan_table",
     "compare": "comparison",
     "classify": "classification",
+    "ablate": "ablation",
+    "residual_peak_origin": "residual_peaks",
+    "evict": "eviction",
+    "DOMAINS": "domains",
+    "read_domain": "domains",
+    "domain_sequences": "sequences",
+    "BigramBackcopy": "bigram_backcopy",
+    "train_toy": "bigram_training",
 }
 __all__ = list(_NAMES)
 

@@ -157,7 +157,7 @@ def attention_with_lse(
     return output, lse
 
 
-def _kernel(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None:
+def _kernel(query: Any) -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None:
     """A fused kernel for plain causal attention on this device that returns lse; `None` if there is none."""
     width = query.shape[-1]
     if query.device.type == "cpu":

@@ -150,4 +150,4 @@ def _quantiles(means: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]
     if not 0 < level < 1:
         raise InputError(f"level={level}; expected a number between 0 and 1, such as 0.95")
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    return np.asarray(low), np.asarray(high)

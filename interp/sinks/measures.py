@@ -49,7 +49,7 @@ def find_sinks(
     """Tokens whose norm exceeds `peak` times the median of their text.
 
     Example:
-        >>> find_sinks(torch.tensor([[50.0, 1.0, 2.0, 1.0]]), torch.ones(1, 4, dtype=torch.bool), 10).tolist()
+        >>> find_sinks(torch.tensor([[50.0, 1.0, 2.0, 1.0]]), torch.ones(1, 4, dtype=torch.bool), 10.0).tolist()
         [[True, False, False, False]]
     """
     median = norms.masked_fill(~mask, float("nan")).nanmedian(1, keepdim=True).values

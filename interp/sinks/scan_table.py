@@ -7,6 +7,7 @@ here needs the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,21 @@ class Scan(Result):
     def domains(self) -> list[str]:
         """Names of the domains, in the order given."""
         return [str(name) for name in self.frame["domain"].cat.categories]
+
+    def only(self, domains: Sequence[str]) -> Scan:
+        """The same scan with some of its domains, in the order given.
+
+        Raises:
+            InputError: none is named, or one is not in the scan.
+        """
+        unknown = [name for name in domains if name not in self.domains]
+        if isinstance(domains, str) or unknown or not domains:
+            raise InputError(f"domains {domains!r}; expected a list of some of {', '.join(self.domains)}")
+        parts = [self.frame[self.frame["domain"] == name] for name in domains]
+        frame = pd.concat(parts, ignore_index=True)
+        frame["domain"] = frame["domain"].cat.set_categories(list(domains))
+        parameters = {**self.provenance.parameters, "domains": list(domains)}
+        return replace(self, frame=frame, provenance=replace(self.provenance, parameters=parameters))
 
     def values(self, measure: str = "mass_first", *, per: str = "head") -> dict[str, pd.DataFrame]:
         """One measure by text.

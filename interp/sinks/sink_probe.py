@@ -40,7 +40,7 @@ class SinkProbe:
 
     def __init__(self, model: Model, n_texts: int, layers: Sequence[int], peak: float) -> None:
         arch = model.arch
-        self.arch, self.layers, self.peak, self.name = arch, set(layers), peak, model.name
+        self.arch, self.layers, self.peak, self.name = arch, set(layers), float(peak), model.name
         self.sites = [("resid_pre", layer) for layer in range(arch.n_layers)] + [("resid_post", arch.n_layers - 1)]
         self._layer_of = {id(arch.attention(layer)): layer for layer in layers}
         self._factors: dict[int, Tensor] = {}

@@ -8,6 +8,8 @@
     checkpoint.py  neurons: one layer of Llama-3.1-8B's shape from disk
     generation.py  neurons: clamped generation against Hugging Face, TransformerLens and nnsight
     activations.py neurons: activation statistics against TransformerLens
+    sink_scan.py   sinks: a scan against the plain forward pass, Hugging Face and TransformerLens; how it grows
+    bigram_generator.py  sinks: the toy task's generator against a loop per character
     imports.py     core: `import interp`, `interp --help`
 
 A subject is a module with `SUITE` and `run(quick) -> list[Row]`; a new one is named in `__main__.SUBJECTS`. Nothing here

@@ -180,7 +180,7 @@ def test_a_planted_peak_is_the_sink(tiny: Any) -> None:
 
 def test_find_sinks_ignores_padding() -> None:
     norms = torch.tensor([[1.0, 30.0, 1.2, 1e9]])
-    assert find_sinks(norms, torch.tensor([[True, True, True, False]]), 10).tolist() == [[False, True, False, False]]
+    assert find_sinks(norms, torch.tensor([[True, True, True, False]]), 10.0).tolist() == [[False, True, False, False]]
 
 
 def test_chosen_layers_only(tiny: Any) -> None:
