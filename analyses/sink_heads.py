@@ -25,7 +25,6 @@ import typer
 
 from interp import load_model
 from interp.cli import show
-from interp.errors import InputError
 from interp.report import Section, write_report
 from interp.report.claims import Claim, claims_frame, write_claims
 from interp.results import Result
@@ -41,6 +40,15 @@ XIAO = "Xiao et al. 2023, arXiv 2309.17453"
 DOMAINS = ("code", "editorials", "movie-reviews", "product-reviews", "tweets", "numbers", "json")
 CONTROLS = ("repeated", "random")  # not language: shown, and never chosen from
 EPSILON = 0.3  # Gu et al., arXiv 2410.10781
+# Columns of the two tables of confirmed heads.
+MASSES = [
+    *("head", "label", "dormant on", "mass", "active on", "mass ", "difference", "q"),
+    *("fresh mass", "fresh mass ", "fresh difference", "low", "high", "fresh q", "n"),
+]
+LOSSES = [
+    *("head", "active on", "Δloss", "hurt", "dormant on", "Δloss ", "hurt ", "Δloss difference"),
+    *("loss low", "loss high", "loss q", "Δloss of random heads, active", "n"),
+]
 # What `make report` runs.
 REPORT: dict[str, Any] = {"n_texts": 16, "n_heads": 3, "n_random": 3, "n_confirm": 12, "n_small": 4}
 
@@ -64,7 +72,7 @@ def run(
     Args:
         model: what `load_model` gave.
         out: folder for the results; what is there already is used again.
-        domains: kinds of text that heads are chosen on, at least two; see `interp sinks domains`.
+        domains: kinds of text that heads are chosen on, at least two: built-in ones or NAME=GLOB, see `interp sinks domains`.
         controls: further ones that are only shown.
         length: tokens per text.
         n_texts: texts per domain that choose.
@@ -79,6 +87,7 @@ def run(
     """
     start = document_start(model)
     every = domain_sequences(model, [*domains, *controls], length, n_texts + n_confirm, bos=start)
+    specs, domains = list(domains), list(every)[: len(domains)]
     choosing = {name: rows[:n_texts] for name, rows in every.items()}
     fresh = {name: rows[n_texts:] for name, rows in every.items() if name in domains}
     kept = {"model": model, "out": out}
@@ -108,14 +117,14 @@ def run(
         lambda: residual_peak_origin(model, {name: rows[: max(2, n_small // 2)] for name, rows in small.items()}),
         fingerprint=model.fingerprint,
     )
-    longer = domain_sequences(model, list(domains[:2]), 4 * length, n_small, bos=start, seed=1)
+    longer = domain_sequences(model, specs[:2], 4 * length, n_small, bos=start, seed=1)
     evicted = reuse_or_make(
         out / "evict.parquet",
         lambda: evict(model, longer, window=window),
         fingerprint=model.fingerprint,
         parameters={"window": window, "n_texts": {name: len(rows) for name, rows in longer.items()}},
     )
-    variants = variant_table(model, out, domains[:2], length, 2 * n_small, start)
+    variants = variant_table(model, out, specs[:2], length, 2 * n_small, start)
     claims = [
         *head_claims(table),
         peak_claim(scanned, domains),
@@ -130,7 +139,8 @@ def run(
     top = chosen.iloc[0]
     pair = (str(top["dormant_on"]), str(top["active_on"]))
     items: list[Any] = [
-        table,
+        table[MASSES],
+        table[LOSSES],
         label_table(named, scanned),
         plots.scan(scanned),
         plots.domain_scatter(language, *pair, comparison=compared),
@@ -154,9 +164,9 @@ def run(
         f"texts of {length} tokens each, all beginning with {token_name(model, start)}. Heads are chosen on these texts and "
         f"confirmed on {n_confirm} others. Mass is the attention on the first token, mean over the queries that see it. "
         "Intervals are over texts; those of differences between domains are widened for the choice among heads and pairs.\n\n"
-        "The first table has a row per confirmed head: its masses on the texts that chose it, the difference on fresh texts, "
-        "and how much the loss rises where the head is active and where it is dormant when it is switched off, beside random "
-        "heads of the same layers."
+        "The first two tables have a row per confirmed head: its masses on the texts that chose it and on fresh texts; and how "
+        "much the loss rises where the head is active and where it is dormant when it is switched off, beside random heads of "
+        "the same layers, with the share of texts that it hurts by more than 0.01 nats."
     )
     return Section("Sinks: which heads sleep on which kind of text", text, items, claims)
 
@@ -193,13 +203,9 @@ def _scan(model: Any, out: Path, name: str, texts: dict[str, list[list[int]]]) -
 
 
 def choose(named: Result, n_heads: int) -> pd.DataFrame:
-    """Active-dormant heads first, then those whose domains differ most among the ones that survive."""
-    rows = named.frame[named.frame["domain_dependent"].fillna(False)]
-    if rows.empty:
-        raise InputError(
-            "no head differs between the domains after false-discovery control; use more texts or other domains"
-        )
-    rows = rows.sort_values(["label", "difference"], ascending=[True, False]).head(n_heads)
+    """Active-dormant heads first, then the others whose domains differ most, those that survive the control before the rest."""
+    rows = named.frame.assign(found=named.frame["label"] == "active-dormant")
+    rows = rows.sort_values(["found", "domain_dependent", "difference"], ascending=False).head(n_heads)
     columns = {
         "domain_high": "dormant_on",
         "mean_high": "mass_dormant",
@@ -236,21 +242,21 @@ def confirm(chosen: pd.DataFrame, again: Scan, ablated: Result) -> pd.DataFrame:
                 "mass ": row.mass_active,
                 "difference": row.difference,
                 "q": row.q,
-                "fresh mass, dormant": asleep.mean(),
-                "fresh mass, active": awake.mean(),
+                "fresh mass": asleep.mean(),
+                "fresh mass ": awake.mean(),
                 "fresh difference": asleep.mean() - awake.mean(),
                 "low": float(low),
                 "high": float(high),
                 "p": float(permutation_test(asleep, awake)),
-                "Δloss, active": on_active.mean(),
-                "hurt, active": float((on_active > 0.01).mean()),
-                "Δloss, dormant": on_dormant.mean(),
-                "hurt, dormant": float((on_dormant > 0.01).mean()),
+                "Δloss": on_active.mean(),
+                "hurt": float((on_active > 0.01).mean()),
+                "Δloss ": on_dormant.mean(),
+                "hurt ": float((on_dormant > 0.01).mean()),
                 "Δloss difference": on_active.mean() - on_dormant.mean(),
                 "loss low": float(loss_low),
                 "loss high": float(loss_high),
                 "loss p": float(permutation_test(on_active, on_dormant)),
-                "Δloss, random heads, active": random,
+                "Δloss of random heads, active": random,
                 "n": min(len(asleep), len(awake)),
             }
         )
@@ -293,7 +299,7 @@ def variant_table(model: Any, out: Path, domains: Sequence[str], length: int, n:
         at_first = sinks.groupby(["domain", "text"], observed=True)["sink_tokens"].last()
         ratio = result.layers(["resid_ratio"]).groupby("domain", sort=False)["mean"].max()
         on_set = result.values("mass_sinks")
-        for domain in domains:
+        for domain in texts:
             per_text = mass[domain].mean(axis=1).to_numpy(dtype=float)
             low, high = bootstrap_mean(per_text)
             named = at_first.loc[domain].astype(str)
@@ -304,7 +310,7 @@ def variant_table(model: Any, out: Path, domains: Sequence[str], length: int, n:
                     "mass on key 0": per_text.mean(),
                     "low": float(low),
                     "high": float(high),
-                    "mass on sinks": float(np.nanmean(on_set[domain].to_numpy(dtype=float))),
+                    "mass on sinks": float(on_set[domain].melt()["value"].mean()),
                     "sink rate": float((mass[domain] > EPSILON).to_numpy().mean()),
                     "peak at key 0": float(ratio[domain]),
                     "key 0 is a sink": float(named.str.startswith("0:").mean()),
@@ -318,10 +324,10 @@ def variant_table(model: Any, out: Path, domains: Sequence[str], length: int, n:
 def head_claims(table: pd.DataFrame) -> list[Claim]:
     """The best confirmed head beside the paper's L16H25 of Llama-2-7B, and all confirmed heads together."""
     row = table.iloc[0]
-    both = row["fresh mass, dormant"] > 0.9 and row["fresh mass, active"] < 0.5
+    both = row["fresh mass"] > 0.9 and row["fresh mass "] < 0.5
     ours = (
-        f"{row['head']}: {row['dormant on']} {row['fresh mass, dormant']:.3f}, {row['active on']} "
-        f"{row['fresh mass, active']:.3f} on fresh texts (q = {row['fresh q']:.2g}); interval: difference"
+        f"{row['head']}: {row['dormant on']} {row['fresh mass']:.3f}, {row['active on']} "
+        f"{row['fresh mass ']:.3f} on fresh texts (q = {row['fresh q']:.2g}); interval: difference"
     )
     exists = Claim(
         "a head is dormant on one domain (mass on the first token > 0.9) and active on another (< 0.5)",
@@ -339,8 +345,8 @@ def head_claims(table: pd.DataFrame) -> list[Claim]:
         "switching it off costs loss where it is active and nothing where it is dormant",
         GUO,
         "+0.0271 on GitHub (active), −0.0001 on Wikipedia (dormant)",
-        f"{row['head']}: {row['Δloss, active']:+.4f} on {row['active on']} (active), {row['Δloss, dormant']:+.4f} on "
-        f"{row['dormant on']} (dormant); random heads {row['Δloss, random heads, active']:+.4f}; interval: difference, nats",
+        f"{row['head']}: {row['Δloss']:+.4f} on {row['active on']} (active), {row['Δloss ']:+.4f} on "
+        f"{row['dormant on']} (dormant); random heads {row['Δloss of random heads, active']:+.4f}; interval: difference, nats",
         (row["loss low"], row["loss high"]),
         int(row["n"]),
         bool(row["loss low"] > 0),
@@ -349,10 +355,10 @@ def head_claims(table: pd.DataFrame) -> list[Claim]:
         "switching it off hurts (by more than 0.01 nats) most texts where it is active and hardly any where it is dormant",
         GUO,
         "62 % on GitHub, 0.1 % on Wikipedia",
-        f"{row['head']}: {row['hurt, active']:.0%} on {row['active on']}, {row['hurt, dormant']:.0%} on {row['dormant on']}",
+        f"{row['head']}: {row['hurt']:.0%} on {row['active on']}, {row['hurt ']:.0%} on {row['dormant on']}",
         None,
         int(row["n"]),
-        bool(row["hurt, active"] > 0.5 and row["hurt, dormant"] < 0.1),
+        bool(row["hurt"] > 0.5 and row["hurt "] < 0.1),
     )
     together = Claim(
         "the same of all confirmed heads: switched off, they hurt more where they are active",
@@ -428,7 +434,7 @@ def drain_claim(scanned: Scan, domains: Sequence[str]) -> Claim:
         GUO,
         paper,
         f"{first}: {np.median(here.mean(0)):.2f} of the others' norm, median over {here.shape[1]} heads of the layers "
-        f"that read a sink; {np.mean(here.mean(0) < 0.5):.0%} of heads below a half",
+        f"that read a sink; {np.mean(here.mean(0) < 0.5):.0%} of heads below a half; interval: median over heads",
         _ends(float(low), float(high)),
         len(values),
         bool(high < 0.5),
@@ -494,8 +500,8 @@ def main(
     """Scan for sinks, confirm by ablation, and write a report."""
     loaded = load_model(model, device=device, dtype=dtype)
     section = run(loaded, out, length=length, **(REPORT if short else {"n_texts": texts}))
-    show(section.items[0])
-    show(section.items[1])
+    for table in section.items[:3]:
+        show(table)
     show(claims_frame(section.claims))
     print(write_report([section], out / "report.html", title=f"Attention sinks of {loaded.name}"))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_hf, tiny_tokenizer
 
-from analyses import concept_editing, neuron_clamping, neuron_decoding
+from analyses import concept_editing, neuron_clamping, neuron_decoding, sink_heads
 from interp import load_model
 from interp.report import write_report
 
@@ -122,3 +122,81 @@ def test_editing_with_other_texts_is_made_again(model: Any, tmp_path: Path, monk
     for n_texts in (2, 1, 1):
         concept_editing.run(model, tmp_path / "concept_editing", n_texts=n_texts)
     assert sizes == [2, 2, 1, 1]
+
+
+def sink_domains(folder: Path) -> list[str]:
+    """Two domains of files whose words differ."""
+    words = {"one": ["the", "water", "of", "sea", "is", "red"], "two": ["a", "king", "in", "old", "sun", "dog"]}
+    for name, choice in words.items():
+        for at in range(12):
+            text = " ".join(choice[(at + step * (1 + at % 5)) % 6] for step in range(60))
+            (folder / f"{name}-{at}.txt").write_text(text)
+    return [f"{name}={folder}/{name}-*.txt" for name in words]
+
+
+def test_sink_heads_reports_every_part(model: Any, tmp_path: Path) -> None:
+    sizes = {"length": 12, "n_texts": 6, "n_confirm": 4, "n_heads": 2, "n_random": 2, "n_small": 2, "window": 10}
+    domains = sink_domains(tmp_path)
+    out = tmp_path / "sink_heads"
+    section = sink_heads.run(model, out, domains, ["repeated"], **sizes)
+    rows = json.loads((out / "claims.json").read_text())
+    assert [list(row) for row in rows] == [KEYS] * len(rows)
+    assert len(rows) == 9
+    heads = section.items[0]
+    assert len(heads) == 2
+    assert set(heads["dormant on"]) | set(heads["active on"]) <= {"one", "two"}
+    assert (heads["n"] == 4).all()
+    assert rows[0]["n"] == 4
+    # A random model has no such head, and no peak.
+    assert rows[0]["holds"] is False
+    assert write_report([section], tmp_path / "r.html").stat().st_size > 1_000_000
+    # Nothing is measured again.
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("scan*.parquet")}
+    sink_heads.run(model, out, domains, ["repeated"], **sizes)
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in out.glob("scan*.parquet")}
+
+
+def test_sink_heads_chooses_and_confirms_on_different_documents(model: Any, tmp_path: Path) -> None:
+    seen = {}
+    original = sink_heads.scan
+    try:
+        sink_heads.scan = lambda model, texts: seen.setdefault(len(seen), texts) and original(model, texts, progress=False)
+        sink_heads.run(
+            model,
+            tmp_path / "out",
+            sink_domains(tmp_path),
+            [],
+            length=12,
+            n_texts=6,
+            n_confirm=4,
+            n_heads=1,
+            n_random=1,
+            n_small=2,
+            window=10,
+        )
+    finally:
+        sink_heads.scan = original
+    chosen, confirmed = seen[0], seen[1]
+    for name, texts in confirmed.items():
+        assert len(texts) == 4
+        assert not {tuple(ids) for ids in texts} & {tuple(ids) for ids in chosen[name]}
+
+
+def test_a_texts_beginning_is_found() -> None:
+    class Tokenizer:
+        unk_token_id = 3
+
+        def __init__(self, adds: bool, knows: bool) -> None:
+            self.adds, self.knows = adds, knows
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1, 9] if self.adds and add_special_tokens else [9]}
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return 0 if self.knows else 3
+
+    found = [
+        sink_heads.document_start(type("Model", (), {"tokenizer": Tokenizer(adds, knows)}))
+        for adds, knows in ((True, True), (False, True), (False, False))
+    ]
+    assert found == ["auto", "<|endoftext|>", True]

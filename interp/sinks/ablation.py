@@ -34,8 +34,9 @@ from interp.provenance import Provenance
 from interp.results import Column, Result
 from interp.shards import ShardedRun
 from interp.sinks.ablated_runs import MODES, Head, ablated_losses, plain_losses
+from interp.sinks.encoded_texts import Texts, digest, encode_domains
 from interp.sinks.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
-from interp.sinks.losses import Texts, digest, encode_domains, fitting_tokens
+from interp.sinks.losses import check_predicts, fitting_tokens
 
 ARMS = ("head", "random")
 ABLATION_COLUMNS = (
@@ -100,7 +101,8 @@ def ablate(
     start = time.perf_counter()
     if mode not in MODES:
         raise InputError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
-    domains = encode_domains(model, texts, chat=chat)
+    check_predicts(model)
+    domains = encode_domains(model, texts, shortest=2, chat=chat)
     chosen = _heads(model, heads)
     arms = dict.fromkeys(chosen, "head") | dict.fromkeys(_random_heads(model, chosen, n_random, seed), "random")
     by_layer: dict[int, list[Head]] = {}

@@ -44,6 +44,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "mlp + both": {"blocks": ("mlp", "both")},
     "attention + both": {"blocks": ("attention", "both")},
     "both + mlp": {"blocks": ("both", "mlp")},
+    "both + both + mlp": {"blocks": ("both", "both", "mlp")},
     "mlp + both + mlp": {"blocks": ("mlp", "both", "mlp")},
     "attention + both + attention": {"blocks": ("attention", "both", "attention")},
 }
@@ -186,12 +187,15 @@ def summarise_toys(result: Result) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def delta_logit_fit(result: Result, since: int, group: str = "other", layer: int = 0, head: int = 0) -> LogFit:
+def delta_logit_fit(
+    result: Result, since: int, until: int | None = None, group: str = "other", layer: int = 0, head: int = 0
+) -> LogFit:
     """How Δlogit grows with the logarithm of the step.
 
     Args:
         result: of `train_toy`, of one run.
         since: first step of the fit.
+        until: last step of the fit; by default the run's.
         group: queries: "other" or "trigger".
         layer, head: which head.
 
@@ -201,9 +205,11 @@ def delta_logit_fit(result: Result, since: int, group: str = "other", layer: int
     frame = result.frame
     chosen = (frame["quantity"] == "delta_logit") & (frame["group"] == group) & (frame["step"] >= max(1, since))
     chosen &= (frame["layer"] == layer) & (frame["head"] == head)
+    if until is not None:
+        chosen &= frame["step"] <= until
     steps, values = (frame.loc[chosen, name].to_numpy(dtype=np.float64) for name in ("step", "value"))
     if len(steps) < 3:
-        raise InputError(f"{len(steps)} measured steps from {since} on; a fit needs at least 3")
+        raise InputError(f"{len(steps)} measured steps from {since} to {until or 'the end'}; a fit needs at least 3")
     slope, intercept = np.polyfit(np.log(steps), values, 1)
     left = values - slope * np.log(steps) - intercept
     explained = 1 - float((left**2).sum() / ((values - values.mean()) ** 2).sum())

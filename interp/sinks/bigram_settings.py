@@ -31,7 +31,7 @@ class ToySettings:
         optimizer: "adamw" or "sgd".
         adamw_rate, sgd_rate: learning rates, constant but for the next two.
         warmup: first steps, over which the rate rises to its value.
-        cooldown: last steps, over which it falls to 0.
+        cooldown: last steps, over which it falls to 0; at most half of the run.
         beta2: AdamW's second; the first is 0.9, as is SGD's momentum.
         weight_decay: of either.
         batch: sequences per step.

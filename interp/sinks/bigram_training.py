@@ -122,9 +122,12 @@ def load_toy(folder: str | os.PathLike[str], device: str | torch.device = "cpu")
             f"{folder} holds no checkpoint of a toy model that can be read: train it with train_toy(out=…)"
         )
     tensors, about = saved
-    settings = ToySettings(**{**about["settings"], "blocks": tuple(about["settings"]["blocks"])})
-    model = ToyModel(settings.shape)
-    model.load_state_dict(_under("model.", tensors))
+    try:
+        settings = ToySettings(**{**about["settings"], "blocks": tuple(about["settings"]["blocks"])})
+        model = ToyModel(settings.shape)
+        model.load_state_dict(_under("model.", tensors))
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise ResultError(f"the checkpoint in {folder} is of another version of interp: train it again") from error
     return model.to(device, next(iter(tensors.values())).dtype).eval(), settings
 
 
@@ -193,17 +196,21 @@ def _take_step(
     tokens = settings.task.sample(
         settings.batch, settings.length + 1, seed=int(words[0] >> np.uint64(1)), device=device
     )
-    rate = settings.adamw_rate if settings.optimizer == "adamw" else settings.sgd_rate
     for group in optimizer.param_groups:
-        group["lr"] = rate * min(
-            1.0, (step + 1) / (settings.warmup + 1), (settings.steps - step) / (settings.cooldown + 1)
-        )
+        group["lr"] = _rate(settings, step)
     logits = model(tokens[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def _rate(settings: ToySettings, step: int) -> float:
+    """Learning rate of a step: rises over the warm-up, falls over the cooldown."""
+    rate = settings.adamw_rate if settings.optimizer == "adamw" else settings.sgd_rate
+    cooldown = min(settings.cooldown, settings.steps // 2)
+    return rate * min(1.0, (step + 1) / (settings.warmup + 1), (settings.steps - step) / (cooldown + 1))
 
 
 def _optimizer(model: ToyModel, settings: ToySettings) -> torch.optim.Optimizer:

@@ -35,8 +35,9 @@ from interp.errors import InputError, ModelError
 from interp.model import Model
 from interp.provenance import Provenance
 from interp.results import Column, Result
+from interp.sinks.encoded_texts import Texts, encode_domains
 from interp.sinks.intervals import bootstrap_mean
-from interp.sinks.losses import Texts, encode_domains, fitting_tokens, mean_losses
+from interp.sinks.losses import check_predicts, fitting_tokens, mean_losses
 
 ARMS = ("full", "window", "sinks", "control")
 EVICTION_COLUMNS = (
@@ -91,6 +92,7 @@ def evict(
             f"window={window} with n_sinks={n_sinks}; expected at least one sink and a window of more than {2 * max(n_sinks, 1)} "
             f"keys: sinks and controls lie outside its recent part"
         )
+    check_predicts(model)
     domains = encode_domains(model, texts, chat=chat, shortest=window + n_sinks + 2)
     encoded = [ids for rows in domains.values() for ids in rows]
     longest = max(map(len, encoded))

@@ -1,17 +1,14 @@
 """Next-token losses of texts, in float32, without the (text, position, vocabulary) tensor.
 
-1. Texts of every domain become token ids, checked once (`encode_domains`).
-2. A forward pass ends before the LM head; `mean_losses` applies the head to a few hundred tokens at a time, with the soft cap
-   of Gemma 2 and 3, and keeps −log p(next token) alone.
+A forward pass ends before the LM head; `mean_losses` applies the head to a few hundred tokens at a time, with the soft cap
+of Gemma 2 and 3, and keeps −log p(next token) alone.
 
 A text of T tokens has T − 1 predictions; its loss is their mean, in nats. Padding and the last token predict nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,56 +20,20 @@ from interp.capture import estimate_bytes
 from interp.errors import InputError
 from interp.model import Model
 
-Texts = Sequence[str | Sequence[int]]
 # Logits that live at a time: they should stay small on a CPU, and fill a GPU.
 _LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
-def encode_domains(
-    model: Model, texts: Mapping[str, Texts] | Texts, *, chat: bool = False, shortest: int = 2
-) -> dict[str, list[list[int]]]:
-    """Token ids of each domain.
-
-    Args:
-        model: a causal LM.
-        texts: {domain: texts}, or texts of one domain, which is then called "texts".
-        chat: wrap texts in the chat template.
-        shortest: fewest tokens that a text may have; a next-token loss needs 2.
+def check_predicts(model: Model) -> None:
+    """Refuses a model without next-token predictions.
 
     Raises:
-        InputError: an encoder, no domain, a domain without texts, a text that is empty, too short or too long.
+        InputError: an encoder.
+        ModelError: it was loaded without its LM head.
     """
     if not model.arch.family.decoder:
         raise InputError(f"{model.name} is an encoder ({model.arch.family.name}): it predicts no next token")
     model.arch.lm_head()  # says so where there is none
-    if isinstance(texts, str):
-        texts = [texts]
-    given = dict(texts) if isinstance(texts, Mapping) else {"texts": texts}
-    if not given:
-        raise InputError("no domain was given; expected {domain: texts} with at least one")
-    encoded: dict[str, list[list[int]]] = {}
-    for name, entries in given.items():
-        if not isinstance(name, str) or not name:
-            raise InputError(f"a domain's name must be a string, got {name!r}")
-        entries = [entries] if isinstance(entries, str) else list(entries)
-        if not entries:
-            raise InputError(f"domain {name!r} has no texts; expected at least one")
-        try:
-            encoded[name] = model.encode(entries, chat=chat)
-        except InputError as error:
-            raise InputError(f"domain {name!r}: {error}") from None
-        for row, ids in enumerate(encoded[name]):
-            if len(ids) < shortest:
-                raise InputError(
-                    f"domain {name!r}: text {row} has {len(ids)} tokens; expected at least {shortest}, so that there is a "
-                    f"prediction to measure"
-                )
-    return encoded
-
-
-def digest(domains: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """16 hex digits of the token ids of all domains: a sharded run's folder is of these texts and no other."""
-    return hashlib.sha256(json.dumps(domains).encode()).hexdigest()[:16]
 
 
 def fitting_tokens(model: Model, longest: int, max_tokens: int, sites: Sequence[str] = ()) -> int:

@@ -40,8 +40,8 @@ from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
 from interp.results import Column, Result
+from interp.sinks.encoded_texts import Texts, encode_domains
 from interp.sinks.intervals import bootstrap_mean
-from interp.sinks.losses import Texts, encode_domains
 
 BLOCKS = {"attention": "attn_out", "mlp": "mlp_out"}
 PEAK_COLUMNS = (
@@ -106,6 +106,10 @@ def residual_peak_origin(
         >>> origin(result)[["block", "block_layer", "remaining", "makes_peak"]]            # doctest: +SKIP
     """
     start = time.perf_counter()
+    if not model.arch.family.decoder:
+        raise InputError(
+            f"{model.name} is an encoder ({model.arch.family.name}); sinks are measured on causal language models"
+        )
     domains = encode_domains(model, texts, chat=chat, shortest=3)
     chosen = None if layers is None else sorted({model.arch.check_layer(layer) for layer in layers})
     if chosen == []:

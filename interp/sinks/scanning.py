@@ -14,8 +14,6 @@ Sources: Guo et al., arXiv 2410.13835 (active-dormant heads, value drain, residu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,11 +28,10 @@ from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
+from interp.sinks.encoded_texts import Texts, digest, encode_domains
 from interp.sinks.fused_attention import check_causal, recording
 from interp.sinks.scan_table import SCAN_COLUMNS, Scan
 from interp.sinks.sink_probe import SinkProbe
-
-Texts = Sequence[str | Sequence[int]]
 
 
 def scan(
@@ -78,7 +75,7 @@ def scan(
     """
     start = time.perf_counter()
     check_causal(model)
-    domains = _domains(model, texts, length)
+    domains = encode_domains(model, texts, length=length)
     chosen = _layers(model, layers)
     if peak <= 1:
         raise InputError(f"peak={peak}; a sink's norm is more than 1 times the median: expected a number such as 10")
@@ -105,41 +102,6 @@ def scan(
         provenance = Provenance.collect(model, parameters=parameters, wall_time=time.perf_counter() - start)
         return Scan("sinks.scan", frame, SCAN_COLUMNS, provenance)
     return _sharded(model, domains, Path(out), parameters, max_tokens, rows, progress)
-
-
-def _domains(model: Model, texts: Any, length: int | None) -> dict[str, list[list[int]]]:
-    """Token ids of each domain, checked and cut."""
-    if isinstance(texts, str):
-        texts = [texts]
-    given = dict(texts) if isinstance(texts, Mapping) else {"texts": texts}
-    if not given:
-        raise InputError("no domain was given; expected {domain: texts} with at least one")
-    if length is not None and length < 1:
-        raise InputError(f"length={length}; expected at least 1 token")
-    encoded: dict[str, list[list[int]]] = {}
-    for name, entries in given.items():
-        if not isinstance(name, str) or not name:
-            raise InputError(f"a domain's name must be a string, got {name!r}")
-        entries = [entries] if isinstance(entries, str) else list(entries)
-        if not entries:
-            raise InputError(f"domain {name!r} has no texts; expected at least one")
-        try:
-            if length is not None:  # cut before the check against the context
-                entries = [
-                    model.tokenizer(text)["input_ids"] if isinstance(text, str) and text else text for text in entries
-                ]
-                short = {row: len(ids) for row, ids in enumerate(entries) if len(ids) < length}
-                if short:
-                    row, have = next(iter(short.items()))
-                    raise InputError(
-                        f"{len(short)} of {len(entries)} texts are shorter than length={length} tokens (text {row} has {have}); "
-                        f"join or drop them, or use a smaller length"
-                    )
-                entries = [list(ids)[:length] for ids in entries]
-            encoded[name] = model.encode(entries)
-        except InputError as error:
-            raise InputError(f"domain {name!r}: {error}") from None
-    return encoded
 
 
 def _layers(model: Model, layers: Sequence[int] | None) -> list[int]:
@@ -173,8 +135,7 @@ def _sharded(
         step = max(1, max_tokens // max(map(len, ids)))
         for at in range(0, len(ids), step):
             units[f"{name}-{at}"] = (name, at, ids[at : at + step])
-    digest = hashlib.sha256(json.dumps(domains).encode()).hexdigest()[:16]  # another folder for other texts
-    provenance = Provenance.collect(model, parameters={**parameters, "texts": digest})
+    provenance = Provenance.collect(model, parameters={**parameters, "texts": digest(domains)})
     run = ShardedRun(out, "sinks.scan", SCAN_COLUMNS, provenance, units=list(units))
     missing = run.missing()
     description = progress if isinstance(progress, str) else None

@@ -329,7 +329,7 @@ def test_plots(tiny: Any) -> None:
         ({"texts": {}}, "no domain was given"),
         ({"texts": {"a": []}}, "domain 'a' has no texts"),
         ({"texts": {"a": [[5, 6], []]}}, "domain 'a': text 1 is empty"),
-        ({"texts": {"a": [[5, 6], [7]]}}, "domain 'a': text 1 has 1 tokens; expected at least 2"),
+        ({"texts": {"a": [[5, 6], [7]]}}, "domain 'a': 1 of 2 texts are shorter than the 2 tokens needed"),
         ({"texts": {"a": [[5, 64]]}}, "token id 64"),
         ({"texts": {"a": [[5] * 65]}}, "context is 64 tokens"),
         ({"texts": {"": [[5, 6]]}}, "name must be a string"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,14 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from interp.errors import InputError, ResultError
 from interp.results import Result, load_result
 from interp.sinks import bigram_training
 from interp.sinks.bigram_comparison import delta_logit_fit, summarise_toys
 from interp.sinks.bigram_dynamics import measure
-from interp.sinks.bigram_settings import PRESETS
+from interp.sinks.bigram_settings import PRESETS, toy_settings
 from interp.sinks.bigram_training import evaluation_sample, load_toy, measured_steps, train_toy
 
 TINY: dict[str, Any] = {"width": 8, "length": 12, "batch": 4, "steps": 12, "sample": 5, "cooldown": 0}
@@ -81,7 +82,7 @@ def test_a_run_is_plain_torch(optimizer: str, tmp_path: Path) -> None:
     model = bigram_training.ToyModel(settings.shape)
     made = {
         "adamw": lambda: torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=1e-4),
-        "sgd": lambda: torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4),
+        "sgd": lambda: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4),
     }[optimizer]()
     base = made.param_groups[0]["lr"]
     factors = [1 / 4, 2 / 4, 3 / 4, *[1.0] * 7, 2 / 3, 1 / 3]
@@ -95,6 +96,13 @@ def test_a_run_is_plain_torch(optimizer: str, tmp_path: Path) -> None:
         made.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_rates_of_short_runs() -> None:
+    """A preset's long cooldown takes half of a short run, not all of it."""
+    settings = toy_settings("laptop", steps=10)
+    rates = [bigram_training._rate(settings, step) / settings.adamw_rate for step in range(10)]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
 def test_result_and_folder(tmp_path: Path) -> None:
@@ -209,6 +217,15 @@ def test_checkpoints_hold_the_optimizer_and_no_pickle(tmp_path: Path) -> None:
     assert tensors["optimizer.0.step"].item() == 12
 
 
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_file(
+        {"model.token.weight": torch.zeros(2)}, path, {"interp": json.dumps({"step": 1, "settings": {"depth": 2}})}
+    )
+    with pytest.raises(ResultError, match="another version"):
+        load_toy(tmp_path)
+
+
 def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
     train_toy(out=tmp_path / "run", **TINY, **QUIET)
     with pytest.raises(ResultError, match=r"parameters\.width is 8 there and 16 here"):
@@ -276,6 +293,8 @@ def test_fit_of_a_planted_line() -> None:
     assert fit.intercept == pytest.approx(-7)
     assert fit.r_squared == pytest.approx(1)
     assert (fit.since, fit.until, fit.n) == (10, 100, 11)
+    fit = delta_logit_fit(Result(result.kind, frame, result.columns, result.provenance), since=10, until=50)
+    assert (fit.since, fit.until, fit.n) == (10, 50, 8)
     with pytest.raises(InputError, match="at least 3"):
         delta_logit_fit(result, since=90)
 

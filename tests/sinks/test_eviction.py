@@ -196,7 +196,7 @@ def test_plot(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"texts": {"a": texts_of(20, 8)}}, "domain 'a': text 1 has 8 tokens; expected at least 9"),
+        ({"texts": {"a": texts_of(20, 8)}}, "domain 'a': 1 of 2 texts are shorter than the 9 tokens needed"),
         ({"texts": {}}, "no domain"),
         ({"texts": {"a": []}}, "has no texts"),
         ({"window": 4}, "window=4 with n_sinks=2"),

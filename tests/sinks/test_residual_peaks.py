@@ -187,7 +187,7 @@ def test_plot() -> None:
         ({"layers": [3]}, "layer 3 is out of range"),
         ({"layers": []}, "layers is empty"),
         ({"n_controls": -1}, "n_controls=-1"),
-        ({"texts": {"a": [[5, 6]]}}, "text 0 has 2 tokens; expected at least 3"),
+        ({"texts": {"a": [[5, 6]]}}, "1 of 1 texts are shorter than the 3 tokens needed"),
         ({"texts": {}}, "no domain"),
     ],
 )

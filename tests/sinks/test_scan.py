@@ -271,7 +271,7 @@ scan(model, texts, max_tokens=16, out={str(tmp_path / "run")!r}, progress=False)
         ({}, {}, "no domain"),
         ({"a": []}, {}, "domain 'a' has no texts"),
         ({"a": [[5], []]}, {}, "domain 'a': text 1 is empty"),
-        ({"a": [[5, 6, 7], [5]]}, {"length": 3}, "1 of 2 texts are shorter than length=3 tokens .text 1 has 1"),
+        ({"a": [[5, 6, 7], [5]]}, {"length": 3}, "1 of 2 texts are shorter than the 3 tokens needed .* .text 1 has 1"),
         ({"a": [[5] * 65]}, {}, "context is 64"),
         ({"a": [[99]]}, {}, "outside the model's vocabulary"),
         ({"a": [[5]]}, {"length": 0}, "at least 1 token"),
