@@ -246,6 +246,8 @@ def _texts(table: pd.DataFrame) -> str:
     """How many texts of each domain a summary, or rows per text, are of."""
     groups = table.groupby("domain", observed=True, sort=False)
     counts = groups["n"].max() if "n" in table else groups["text"].nunique()
+    if len(counts) > 1 and counts.nunique() == 1:
+        return f"{counts.iloc[0]} texts per domain"
     return ", ".join(f"{count} texts of {name}" for name, count in counts.items())
 
 

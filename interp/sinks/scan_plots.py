@@ -70,7 +70,8 @@ def scan(result: Scan, measure: str = "mass_first", domains: Sequence[str] | Non
     drawn.update_layout(
         template=look.template,
         title=look.title,
-        height=120 + rows * max(260, 11 * len(next(iter(means.values())))),
+        margin={"t": 110},  # the maps' own titles stand below the subtitle
+        height=160 + rows * max(260, 11 * len(next(iter(means.values())))),
         coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": {"text": unit}}},
     )
     if measure.startswith("mass"):
