@@ -14,7 +14,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from analyses import concept_editing, neuron_clamping, neuron_decoding
+from analyses import bigram_backcopy, concept_editing, neuron_clamping, neuron_decoding, sink_heads
 from interp import load_model
 from interp.cli import show
 from interp.errors import InterpError
@@ -40,6 +40,11 @@ def main(
             lambda folder: neuron_clamping.run(loaded, folder, **neuron_clamping.REPORT),
         ),
         ("concept_editing", lambda folder: concept_editing.run(loaded, folder, **concept_editing.REPORT)),
+        ("sink_heads", lambda folder: sink_heads.run(loaded, folder, **sink_heads.REPORT)),
+        (
+            "bigram_backcopy",
+            lambda folder: bigram_backcopy.run(folder, device=device or None, **bigram_backcopy.REPORT),
+        ),
     ):
         began = time.perf_counter()
         sections.append(analysis(out / name))

@@ -14,7 +14,6 @@ OLMo, beside Xiao et al., "StreamingLLM" (arXiv 2309.17453). Prints the table cl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,34 +22,47 @@ import numpy as np
 import pandas as pd
 import typer
 
+from analyses import sink_claims
 from interp import load_model
 from interp.cli import show
 from interp.report import Section, write_report
-from interp.report.claims import Claim, claims_frame, write_claims
+from interp.report.claims import claims_frame, write_claims
 from interp.results import Result
 from interp.reuse import reuse_or_make
-from interp.sinks import Scan, ablate, classify, compare, evict, plots, residual_peak_origin, scan
+from interp.sinks import Scan, ablate, classify, compare, evict, plots, read_domain, residual_peak_origin, scan
 from interp.sinks import eviction as evictions
 from interp.sinks import residual_peaks as peaks
+from interp.sinks.encoded_texts import digests
 from interp.sinks.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
-from interp.sinks.sequences import domain_sequences
+from interp.sinks.sequences import domain_sequences, sequences
 
-GUO = "Guo et al. 2024, arXiv 2410.13835"
-XIAO = "Xiao et al. 2023, arXiv 2309.17453"
 DOMAINS = ("code", "editorials", "movie-reviews", "product-reviews", "tweets", "numbers", "json")
 CONTROLS = ("repeated", "random")  # not language: shown, and never chosen from
 EPSILON = 0.3  # Gu et al., arXiv 2410.10781
+HURT = 0.01  # nats from which a text counts as hurt, as in the paper
 # Columns of the two tables of confirmed heads.
 MASSES = [
     *("head", "label", "dormant on", "mass", "active on", "mass ", "difference", "q"),
     *("fresh mass", "fresh mass ", "fresh difference", "low", "high", "fresh q", "n"),
 ]
 LOSSES = [
-    *("head", "active on", "Δloss", "hurt", "dormant on", "Δloss ", "hurt ", "Δloss difference"),
-    *("loss low", "loss high", "loss q", "Δloss of random heads, active", "n"),
+    *(
+        "head",
+        "active on",
+        "Δloss",
+        "Δloss low",
+        "Δloss high",
+        "hurt",
+        "dormant on",
+        "Δloss ",
+        "hurt ",
+        "Δloss difference",
+    ),
+    *("Δloss difference low", "Δloss difference high", "loss q", "above random heads", "above random heads low"),
+    *("above random heads high", "random heads", "n"),
 ]
 # What `make report` runs.
-REPORT: dict[str, Any] = {"n_texts": 16, "n_heads": 3, "n_random": 3, "n_confirm": 12, "n_small": 4}
+REPORT: dict[str, Any] = {"n_texts": 16, "n_heads": 3, "n_random": 6, "n_confirm": 12, "n_small": 4}
 
 
 def run(
@@ -65,7 +77,7 @@ def run(
     n_heads: int = 8,
     n_random: int = 8,
     n_small: int = 8,
-    window: int = 64,
+    window: int | None = None,
 ) -> Section:
     """Scan, choose, confirm, explain.
 
@@ -80,16 +92,16 @@ def run(
         n_heads: heads that are confirmed.
         n_random: random heads beside them.
         n_small: texts per domain of the smaller experiments.
-        window: of the eviction.
+        window: of the eviction, whose texts are four times as long as the others; by default `length`.
 
     Returns:
         A section for a report.
     """
     start = document_start(model)
-    every = domain_sequences(model, [*domains, *controls], length, n_texts + n_confirm, bos=start)
-    specs, domains = list(domains), list(every)[: len(domains)]
-    choosing = {name: rows[:n_texts] for name, rows in every.items()}
-    fresh = {name: rows[n_texts:] for name, rows in every.items() if name in domains}
+    specs, choosing, fresh = list(domains), {}, {}
+    for spec in [*domains, *controls]:
+        name, choosing[name], fresh[name] = halves(model, spec, length, n_texts, n_confirm, start)
+    domains = list(choosing)[: len(specs)]
     kept = {"model": model, "out": out}
     scanned = _scan(**kept, name="scan", texts=choosing)
     language = scanned.only(list(domains))
@@ -107,31 +119,34 @@ def run(
         parameters={
             "mode": "zero",
             "heads": [list(pair) for pair in heads],
-            "n_texts": {name: len(rows) for name, rows in confirming.items()},
+            "n_random": n_random,
+            "texts": digests(confirming),
         },
     )
     table = confirm(chosen, again, ablated)
-    small = {name: rows[:n_small] for name, rows in fresh.items() if name in domains[:2]}
+    few = {name: fresh[name][: max(2, n_small // 2)] for name in domains[:2]}
     origins = reuse_or_make(
         out / "residual_peak_origin.parquet",
-        lambda: residual_peak_origin(model, {name: rows[: max(2, n_small // 2)] for name, rows in small.items()}),
+        lambda: residual_peak_origin(model, few),
         fingerprint=model.fingerprint,
+        parameters={"texts": digests(few)},
     )
     longer = domain_sequences(model, specs[:2], 4 * length, n_small, bos=start, seed=1)
     evicted = reuse_or_make(
         out / "evict.parquet",
-        lambda: evict(model, longer, window=window),
+        lambda: evict(model, longer, window=window or length),
         fingerprint=model.fingerprint,
-        parameters={"window": window, "n_texts": {name: len(rows) for name, rows in longer.items()}},
+        parameters={"window": window or length, "texts": digests(longer)},
     )
     variants = variant_table(model, out, specs[:2], length, 2 * n_small, start)
+    shown = domains[min(1, len(domains) - 1)]
     claims = [
-        *head_claims(table),
-        peak_claim(scanned, domains),
-        origin_claim(origins),
-        drain_claim(scanned, domains),
-        evict_claim(evicted),
-        bos_claim(variants),
+        *sink_claims.heads(table),
+        sink_claims.peak(scanned, shown),
+        sink_claims.origin(origins),
+        sink_claims.drain(scanned, shown),
+        sink_claims.evict(evicted),
+        sink_claims.first_token(variants),
     ]
     named.save(out / "classify.parquet")
     compared.save(out / "compare.parquet")
@@ -162,13 +177,28 @@ def run(
     text = (
         f"Every head of {model.name} on {len(domains)} kinds of text and {len(controls)} controls without language, {n_texts} "
         f"texts of {length} tokens each, all beginning with {token_name(model, start)}. Heads are chosen on these texts and "
-        f"confirmed on {n_confirm} others. Mass is the attention on the first token, mean over the queries that see it. "
-        "Intervals are over texts; those of differences between domains are widened for the choice among heads and pairs.\n\n"
+        f"confirmed on {n_confirm} others, from other documents. Mass is the attention on the first token, mean over the "
+        "queries that see it. "
+        "Intervals are over texts, 95 %; where heads are named, those of differences are widened for the choice among heads and "
+        "pairs.\n\n"
         "The first two tables have a row per confirmed head: its masses on the texts that chose it and on fresh texts; and how "
         "much the loss rises where the head is active and where it is dormant when it is switched off, beside random heads of "
         "the same layers, with the share of texts that it hurts by more than 0.01 nats."
     )
     return Section("Sinks: which heads sleep on which kind of text", text, items, claims)
+
+
+def halves(
+    model: Any, spec: str, length: int, n_first: int, n_second: int, start: Any
+) -> tuple[str, list[list[int]], list[list[int]]]:
+    """A domain's name, and texts from one half of its documents and from the other."""
+    name, documents = read_domain(spec, model, length=length, n=2 * max(n_first, n_second))
+    order = np.random.default_rng(0).permutation(len(documents))
+    parts = [[documents[at] for at in order[half::2]] for half in (0, 1)]
+    first, second = (
+        sequences(model, part, length, n, bos=start) for part, n in zip(parts, (n_first, n_second), strict=True)
+    )
+    return name, first, second
 
 
 def document_start(model: Any) -> Any:
@@ -193,10 +223,7 @@ def _scan(model: Any, out: Path, name: str, texts: dict[str, list[list[int]]]) -
         out / f"{name}.parquet",
         lambda: scan(model, texts),
         fingerprint=model.fingerprint,
-        parameters={
-            "n_texts": {domain: len(rows) for domain, rows in texts.items()},
-            "tokens": {domain: [len(rows[0])] * 2 for domain, rows in texts.items()},
-        },
+        parameters={"texts": digests(texts)},
     )
     assert isinstance(result, Scan)
     return result
@@ -219,19 +246,26 @@ def choose(named: Result, n_heads: int) -> pd.DataFrame:
 
 
 def confirm(chosen: pd.DataFrame, again: Scan, ablated: Result) -> pd.DataFrame:
-    """The chosen heads on fresh texts: masses and loss changes, each with an interval; q over these heads."""
+    """The chosen heads on fresh texts: masses and loss changes, each with an interval; q over these heads.
+
+    The random heads are those of the head's own layer, where there are any; the difference from them is paired by text.
+    """
     values = again.values()
-    losses = ablated.frame.astype({"domain": str, "arm": str})
+    frame = ablated.frame.astype({"domain": str, "arm": str})
+    losses = frame.pivot(index=["domain", "text"], columns=["arm", "layer", "head"], values="delta_loss")
     rows = []
     for row in chosen.itertuples():
         key = (row.layer, row.head)
         asleep, awake = (values[name][key].to_numpy(dtype=float) for name in (row.dormant_on, row.active_on))
         low, high = bootstrap_difference(asleep, awake)
-        mine = losses[(losses["arm"] == "head") & (losses["layer"] == row.layer) & (losses["head"] == row.head)]
-        by_domain = {name: group["delta_loss"].to_numpy() for name, group in mine.groupby("domain")}
-        on_active, on_dormant = by_domain[row.active_on], by_domain[row.dormant_on]
-        loss_low, loss_high = bootstrap_difference(on_active, on_dormant)
-        random = losses[(losses["arm"] == "random") & (losses["domain"] == row.active_on)]["delta_loss"].mean()
+        on_active, on_dormant = (
+            losses.loc[name][("head", *key)].to_numpy(dtype=float) for name in (row.active_on, row.dormant_on)
+        )
+        others = losses.loc[row.active_on].get("random", pd.DataFrame(index=losses.loc[row.active_on].index))
+        same = [column for column in others.columns if column[0] == row.layer] or list(others.columns)
+        against = (
+            on_active - others[same].mean(axis=1).to_numpy(dtype=float) if same else np.full(len(on_active), np.nan)
+        )
         rows.append(
             {
                 "head": f"L{row.layer}H{row.head}",
@@ -249,14 +283,17 @@ def confirm(chosen: pd.DataFrame, again: Scan, ablated: Result) -> pd.DataFrame:
                 "high": float(high),
                 "p": float(permutation_test(asleep, awake)),
                 "Δloss": on_active.mean(),
-                "hurt": float((on_active > 0.01).mean()),
+                **_two("Δloss", bootstrap_mean(on_active)),
+                "hurt": float((on_active > HURT).mean()),
                 "Δloss ": on_dormant.mean(),
-                "hurt ": float((on_dormant > 0.01).mean()),
+                **_two("Δloss ", bootstrap_mean(on_dormant)),
+                "hurt ": float((on_dormant > HURT).mean()),
                 "Δloss difference": on_active.mean() - on_dormant.mean(),
-                "loss low": float(loss_low),
-                "loss high": float(loss_high),
+                **_two("Δloss difference", bootstrap_difference(on_active, on_dormant)),
                 "loss p": float(permutation_test(on_active, on_dormant)),
-                "Δloss of random heads, active": random,
+                "above random heads": against.mean(),
+                **_two("above random heads", bootstrap_mean(against)),
+                "random heads": len(same),
                 "n": min(len(asleep), len(awake)),
             }
         )
@@ -264,6 +301,10 @@ def confirm(chosen: pd.DataFrame, again: Scan, ablated: Result) -> pd.DataFrame:
     table["fresh q"] = false_discovery(table.pop("p").to_numpy())[0]
     table["loss q"] = false_discovery(table.pop("loss p").to_numpy())[0]
     return table
+
+
+def _two(name: str, ends: tuple[Any, Any]) -> dict[str, float]:
+    return {f"{name} low": float(ends[0]), f"{name} high": float(ends[1])}
 
 
 def label_table(named: Result, scanned: Scan) -> pd.DataFrame:
@@ -319,173 +360,6 @@ def variant_table(model: Any, out: Path, domains: Sequence[str], length: int, n:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def head_claims(table: pd.DataFrame) -> list[Claim]:
-    """The best confirmed head beside the paper's L16H25 of Llama-2-7B, and all confirmed heads together."""
-    row = table.iloc[0]
-    both = row["fresh mass"] > 0.9 and row["fresh mass "] < 0.5
-    ours = (
-        f"{row['head']}: {row['dormant on']} {row['fresh mass']:.3f}, {row['active on']} "
-        f"{row['fresh mass ']:.3f} on fresh texts (q = {row['fresh q']:.2g}); interval: difference"
-    )
-    exists = Claim(
-        "a head is dormant on one domain (mass on the first token > 0.9) and active on another (< 0.5)",
-        GUO,
-        "Llama-2-7B L16H25: Wikipedia .949, GitHub .251",
-        ours,
-        (row["low"], row["high"]),
-        int(row["n"]),
-        bool(both and row["low"] > 0 and row["fresh q"] <= 0.05),
-    )
-    more = int((table["loss low"] > 0).sum())
-    less = int((table["loss high"] < 0).sum())
-    survive = int(((table["loss low"] > 0) & (table["loss q"] <= 0.05)).sum())
-    costs = Claim(
-        "switching it off costs loss where it is active and nothing where it is dormant",
-        GUO,
-        "+0.0271 on GitHub (active), −0.0001 on Wikipedia (dormant)",
-        f"{row['head']}: {row['Δloss']:+.4f} on {row['active on']} (active), {row['Δloss ']:+.4f} on "
-        f"{row['dormant on']} (dormant); random heads {row['Δloss of random heads, active']:+.4f}; interval: difference, nats",
-        (row["loss low"], row["loss high"]),
-        int(row["n"]),
-        bool(row["loss low"] > 0),
-    )
-    texts = Claim(
-        "switching it off hurts (by more than 0.01 nats) most texts where it is active and hardly any where it is dormant",
-        GUO,
-        "62 % on GitHub, 0.1 % on Wikipedia",
-        f"{row['head']}: {row['hurt']:.0%} on {row['active on']}, {row['hurt ']:.0%} on {row['dormant on']}",
-        None,
-        int(row["n"]),
-        bool(row["hurt"] > 0.5 and row["hurt "] < 0.1),
-    )
-    together = Claim(
-        "the same of all confirmed heads: switched off, they hurt more where they are active",
-        "ours",
-        None,
-        f"{more} of {len(table)} hurt more where active (interval above 0; {survive} with q ≤ 0.05), {less} where dormant; mean "
-        f"difference {table['Δloss difference'].mean():+.4f} nats",
-        _interval(table["Δloss difference"].to_numpy()),
-        len(table),
-        bool(more > len(table) / 2 and less == 0),
-    )
-    return [exists, costs, texts, together]
-
-
-def peak_claim(scanned: Scan, domains: Sequence[str]) -> Claim:
-    """Residual norm at the first token against the others, at the layer where it is largest."""
-    first = domains[1] if len(domains) > 1 else domains[0]
-    layers = scanned.layers(["resid_ratio", "resid_first", "resid_others"]).query("domain == @first")
-    ratio = layers[layers["measure"] == "resid_ratio"].set_index("layer")
-    layer = int(ratio["mean"].idxmax())
-    row = ratio.loc[layer]
-    norms = {
-        name: float(layers[(layers["measure"] == name) & (layers["layer"] == layer)]["mean"].iloc[0])
-        for name in ("resid_first", "resid_others")
-    }
-    return Claim(
-        "the sink token's residual norm is an order of magnitude above the others'",
-        GUO,
-        "Llama-3.1-8B, layer 24: 496 against 37 (13 times)",
-        f"{first}, layer {layer}: {norms['resid_first']:.0f} against a median of {norms['resid_others']:.0f}; interval: ratio",
-        (row["low"], row["high"]),
-        int(row["n"]),
-        bool(row["low"] > 10),
-    )
-
-
-def origin_claim(origins: Result) -> Claim:
-    """Which blocks make the peak."""
-    table = peaks.origin(origins)
-    early = table[table["arm"] == "early"]
-    makers = early[early["makes_peak"]].groupby(["block", "block_layer"]).size()
-    everywhere = [f"{block} {layer}" for (block, layer), n in makers.items() if n == early["domain"].nunique()]
-    weakest = early.sort_values("remaining").iloc[0]
-    attention = early[early["block"] == "attention"]["remaining"].min()
-    mlps = [name for name in everywhere if name.startswith("mlp")]
-    return Claim(
-        "the peak is made by early MLPs; attention is irrelevant",
-        GUO,
-        "Llama-3.1-8B: by the MLPs of layers 0 and 1",
-        f"zeroing any of {', '.join(everywhere) or 'no block'} takes it away; zeroing one attention block leaves at "
-        f"least {attention:.0%} of the norm; interval: share left without {weakest['block']} {weakest['block_layer']}",
-        _ends(weakest["low"], weakest["high"]),
-        int(weakest["n"]),
-        bool(mlps and len(mlps) == len(everywhere) and attention > 0.5),
-    )
-
-
-def drain_claim(scanned: Scan, domains: Sequence[str]) -> Claim:
-    """Value norms at the first token against the others, over the heads of the layers where it is a sink."""
-    first = domains[1] if len(domains) > 1 else domains[0]
-    sinks = scanned.layers(["n_sinks"]).query("domain == @first").set_index("layer")["mean"]
-    layers = [int(layer) for layer in sinks.index if sinks[layer] >= 1 and layer > sinks.index.min()]
-    values = scanned.values("value_ratio")[first]
-    here = values.loc[:, values.columns.get_level_values("layer").isin(layers)].to_numpy(dtype=float)
-    claim = "the sink token's value states are drained"
-    paper = "Llama-3.1-8B: norm ≈ 0.2 against 2 to 2.5 (about a tenth)"
-    if not here.size:
-        return Claim(claim, GUO, paper, "no layer has a sink token", None, len(values), None)
-    medians = np.median(here, axis=1)
-    low, high = bootstrap_mean(medians)
-    return Claim(
-        claim,
-        GUO,
-        paper,
-        f"{first}: {np.median(here.mean(0)):.2f} of the others' norm, median over {here.shape[1]} heads of the layers "
-        f"that read a sink; {np.mean(here.mean(0) < 0.5):.0%} of heads below a half; interval: median over heads",
-        _ends(float(low), float(high)),
-        len(values),
-        bool(high < 0.5),
-    )
-
-
-def evict_claim(evicted: Result) -> Claim:
-    """StreamingLLM: first keys kept or removed."""
-    table = evictions.summary(evicted).set_index(["domain", "arm"])
-    domain = table.index[0][0]
-    window, kept, full = (table.loc[(domain, arm)] for arm in ("window", "sinks", "full"))
-    difference = table.loc[(domain, "sinks − control")]
-    made = evicted.provenance.parameters
-    return Claim(
-        "under a sliding window the loss explodes once the first keys are gone, and a few of them kept restore it",
-        XIAO,
-        "Llama-2-13B, 1,024 keys, 65,000 tokens: perplexity 5158 without, 5.40 with 4 kept",
-        f"{domain}, {made['window']} keys: perplexity {window['perplexity']:.4g} without, {kept['perplexity']:.4g} with "
-        f"{made['n_sinks']} kept, {full['perplexity']:.4g} with all; interval: kept − other early keys kept, nats",
-        _ends(difference["low"], difference["high"]),
-        int(difference["n"]),
-        bool(difference["high"] < 0 and window["low"] > 1),
-    )
-
-
-def bos_claim(variants: pd.DataFrame) -> Claim:
-    """The sink is wherever the text begins."""
-    without = variants[variants["variant"] == "no BOS"]
-    row = without.iloc[0]
-    return Claim(
-        "without a BOS token the first token is the sink all the same",
-        GUO,
-        None,
-        "; ".join(
-            f"{entry['domain']}: mass on key 0 {entry['mass on key 0']:.2f}, a residual peak there in "
-            f"{entry['key 0 is a sink']:.0%} of texts"
-            for entry in without.to_dict("records")
-        ),
-        _ends(row["low"], row["high"]),
-        int(row["n"]),
-        bool((without["key 0 is a sink"] > 0.5).all()),
-    )
-
-
-def _interval(values: np.ndarray) -> tuple[float, float] | None:
-    low, high = bootstrap_mean(values)
-    return _ends(float(low), float(high))
-
-
-def _ends(low: float, high: float) -> tuple[float, float] | None:
-    return None if math.isnan(low) or math.isnan(high) else (float(low), float(high))
 
 
 def main(

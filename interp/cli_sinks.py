@@ -86,7 +86,9 @@ def sinks_scan(
 ) -> None:
     """Measure every head on every domain; print the heads that differ most, with evidence."""
     from interp.sinks import classify, scan
+    from interp.sinks.classification import check_thresholds
 
+    check_thresholds(dormant, active)
     loaded = load(model, device, dtype)
     chosen = _texts(loaded, domain, length, texts, bos, first, shuffle, seed)
     folder = out if out is not None and out.suffix != ".parquet" else None
@@ -105,7 +107,10 @@ def sinks_ablate(
     head: Annotated[list[str] | None, typer.Option("--head", help="LAYER:HEAD, such as 15:3; again for more.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every head of the model.")] = False,
     mode: Annotated[str, typer.Option("--mode", help="zero, to_sink or mean.")] = "zero",
-    random: Annotated[int, typer.Option("--random", help="Random heads as control.")] = 8,
+    random: Annotated[
+        int | None,
+        typer.Option("--random", help="Random heads as control; default: as many as heads, at least 4 if there are."),
+    ] = None,
     domain: DomainOption = None,
     length: LengthOption = 128,
     texts: TextsOption = 16,
@@ -138,7 +143,7 @@ def sinks_ablate(
         "all" if every else [_head(name) for name in head or []],
         chosen,
         mode=mode,
-        n_random=0 if every else random,
+        n_random=random,
         seed=seed,
         out=folder,
     )

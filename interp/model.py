@@ -90,12 +90,15 @@ class Model:
                 return value
         return 0
 
-    def encode(self, texts: str | Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
+    def encode(
+        self, texts: str | Sequence[str | Sequence[int]], *, chat: bool = False, length: int | None = None
+    ) -> list[list[int]]:
         """Token ids of texts, checked against the context length.
 
         Args:
             texts: one text, or several; a sequence of ids passes through unchanged.
             chat: wrap each text as a user turn in the tokenizer's chat template, ready for the answer.
+            length: cut each text to this many tokens, before it is checked against the context.
 
         Returns:
             One list of ids per text, special tokens as the tokenizer adds them.
@@ -105,7 +108,7 @@ class Model:
                 the vocabulary.
         """
         rows = [texts] if isinstance(texts, str) else list(texts)
-        encoded = [self._encode_one(row, text, chat) for row, text in enumerate(rows)]
+        encoded = [self._encode_one(row, text, chat)[:length] for row, text in enumerate(rows)]
         for row, ids in enumerate(encoded):
             if not ids:
                 raise InputError(f"text {row} is empty; expected at least one token")
@@ -123,13 +126,16 @@ class Model:
         if isinstance(text, int):
             raise InputError(f"text {row} is the number {text}; expected a string or a sequence of token ids")
         if not isinstance(text, str):
-            return [int(token) for token in text]
+            try:
+                return [int(token) for token in text]
+            except TypeError:
+                raise InputError(f"text {row} is {text!r:.40}; expected a string or a sequence of token ids") from None
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer; give token ids, or a tokenizer to load_model")
         if not text or (chat and not text.strip()):
             raise InputError(f"text {row} is empty; expected at least one character")
         if not chat:
-            return list(self.tokenizer(text)["input_ids"])
+            return list(self.tokenizer(text, verbose=False)["input_ids"])  # not verbose: we check the length ourselves
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(f"the tokenizer of {self.name} has no chat template; use chat=False")
         turns = [{"role": "user", "content": text}]

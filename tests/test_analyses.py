@@ -141,7 +141,7 @@ def test_sink_heads_reports_every_part(model: Any, tmp_path: Path) -> None:
     section = sink_heads.run(model, out, domains, ["repeated"], **sizes)
     rows = json.loads((out / "claims.json").read_text())
     assert [list(row) for row in rows] == [KEYS] * len(rows)
-    assert len(rows) == 9
+    assert len(rows) == 10
     heads = section.items[0]
     assert len(heads) == 2
     assert set(heads["dormant on"]) | set(heads["active on"]) <= {"one", "two"}
@@ -160,7 +160,9 @@ def test_sink_heads_chooses_and_confirms_on_different_documents(model: Any, tmp_
     seen = {}
     original = sink_heads.scan
     try:
-        sink_heads.scan = lambda model, texts: seen.setdefault(len(seen), texts) and original(model, texts, progress=False)
+        sink_heads.scan = lambda model, texts: (
+            seen.setdefault(len(seen), texts) and original(model, texts, progress=False)
+        )
         sink_heads.run(
             model,
             tmp_path / "out",

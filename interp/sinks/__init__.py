@@ -9,7 +9,10 @@ _NAMES = {
     "compare": "comparison",
     "classify": "classification",
     "ablate": "ablation",
+    "against_random": "ablation",
+    "between_domains": "ablation",
     "residual_peak_origin": "residual_peaks",
+    "origin": "residual_peaks",
     "evict": "eviction",
     "DOMAINS": "domains",
     "read_domain": "domains",
@@ -17,7 +20,9 @@ _NAMES = {
     "BigramBackcopy": "bigram_backcopy",
     "train_toy": "bigram_training",
 }
-__all__ = list(_NAMES)
+# Whose further functions are reached as `interp.sinks.ablation.summary`.
+_MODULES = ("ablation", "eviction", "plots", "residual_peaks")
+__all__ = [*_NAMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +30,8 @@ def __getattr__(name: str) -> Any:
         from interp.sinks.scan_table import Scan
 
         return {"sinks.scan": Scan}
+    if name in _MODULES:
+        return import_module(f"interp.sinks.{name}")
     if name in _NAMES:
         return getattr(import_module(f"interp.sinks.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'interp.sinks' has no attribute {name!r}")

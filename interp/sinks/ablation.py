@@ -34,7 +34,8 @@ from interp.provenance import Provenance
 from interp.results import Column, Result
 from interp.shards import ShardedRun
 from interp.sinks.ablated_runs import MODES, Head, ablated_losses, plain_losses
-from interp.sinks.encoded_texts import Texts, digest, encode_domains
+from interp.sinks.encoded_texts import Texts, digests, encode_domains
+from interp.sinks.fused_attention import check_causal
 from interp.sinks.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 from interp.sinks.losses import check_predicts, fitting_tokens
 
@@ -104,6 +105,7 @@ def ablate(
     check_predicts(model)
     domains = encode_domains(model, texts, shortest=2, chat=chat)
     chosen = _heads(model, heads)
+    check_causal(model, {layer for layer, _ in chosen})
     arms = dict.fromkeys(chosen, "head") | dict.fromkeys(_random_heads(model, chosen, n_random, seed), "random")
     by_layer: dict[int, list[Head]] = {}
     for pair in sorted(arms):
@@ -111,11 +113,12 @@ def ablate(
     parameters = {
         "mode": mode,
         "heads": "all" if isinstance(heads, str) else [list(pair) for pair in chosen],
+        "n_random": n_random,
         "random": [list(pair) for pair, arm in arms.items() if arm == "random"],
         "scan": "given" if isinstance(scan, Result) else bool(scan),
         "chat": chat,
         "n_texts": {name: len(ids) for name, ids in domains.items()},
-        "texts": digest(domains),
+        "texts": digests(domains),
     }
     provenance = Provenance.collect(model, seed=seed, parameters=parameters)
     units = [f"layer-{layer}" for layer in by_layer]
@@ -208,6 +211,13 @@ def _mass_first(
         frame = scan_sinks(model, domains, layers=layers, max_tokens=max_tokens, progress=False).frame
     else:
         frame = scan.frame
+        made = scan.provenance
+        known = made.parameters.get("texts")
+        if isinstance(known, dict) and made.fingerprint is not None:
+            other = [name for name, value in digests(domains).items() if known.get(name) != value]
+            if other or made.fingerprint != model.fingerprint:
+                what = f"of other texts of domain {other[0]!r}" if other else f"of another model, {made.model}"
+                raise InputError(f"scan is {what}; scan the same texts with this model, or give scan=True")
     keys = ["domain", "text", "layer", "head"]
     lost = [name for name in (*keys, "n_tokens", "mass_first") if name not in frame.columns]
     if lost:

@@ -20,8 +20,8 @@ import pandas as pd
 
 from interp.errors import InputError
 from interp.results import Column, Result
-from interp.sinks.comparison import compare, provenance_of
-from interp.sinks.scan_table import Scan
+from interp.sinks.comparison import by_text, compare, provenance_of
+from interp.sinks.scan_table import Scan, mean_and_interval
 
 LABELS = ("active-dormant", "dormant", "active", "mixed")
 CLASSIFY_COLUMNS = (
@@ -57,6 +57,7 @@ def classify(
     measure: str = "mass_first",
     comparison: Result | None = None,
     seed: int = 0,
+    unequal_lengths: bool = False,
 ) -> Result:
     """A name for every head, with its evidence.
 
@@ -68,38 +69,35 @@ def classify(
         measure: "mass_first" or "mass_sinks".
         comparison: what `compare` gave for this scan, measure and alpha; by default it is made here.
         seed: of the intervals and tests.
+        unequal_lengths: name heads from texts of different lengths all the same.
 
     Returns:
         A `Result` of kind "sinks.classify": one row per layer and head, active-dormant heads first, by difference.
 
     Raises:
-        InputError: thresholds that are not 0 ≤ active ≤ dormant ≤ 1, a comparison of another measure, alpha or domains, or a
-            measure that is no mass.
+        InputError: thresholds that are not 0 ≤ active ≤ dormant ≤ 1, a comparison of another scan, measure or alpha, a measure
+            that is no mass, or texts of different lengths.
     """
-    if not 0 <= active <= dormant <= 1:
-        raise InputError(f"active={active} and dormant={dormant}; expected 0 ≤ active ≤ dormant ≤ 1")
+    check_thresholds(dormant, active)
     if measure not in ("mass_first", "mass_sinks"):
         raise InputError(f"measure {measure!r} is not a mass; expected 'mass_first' or 'mass_sinks'")
-    heads = scan.heads([measure], seed=seed)
+    domains, values = list(scan.domains), by_text(scan, measure)
+    ends = [mean_and_interval(values[name].to_numpy(dtype=np.float64), 2000, 0.95, seed) for name in domains]
     table = {
-        name: heads.pivot(index=["layer", "head"], columns="domain", values=name) for name in ("mean", "low", "high")
-    }
-    domains = list(scan.domains)
-    means = table["mean"][domains].to_numpy()
-    # A missing mass (no sink on that domain) is no mass on sinks.
-    ranked = np.nan_to_num(means, nan=0.0)
-    top, bottom = ranked.argmax(1), ranked.argmin(1)
+        name: np.stack([end[at] for end in ends], 1) for at, name in enumerate(("mean", "low", "high"))
+    }  # (head, domain)
+    means = table["mean"]
+    top, bottom = means.argmax(1), means.argmin(1)
     at = np.arange(len(means))
-    frame = table["mean"].index.to_frame(index=False)
+    frame = values[domains[0]].columns.to_frame(index=False)
     for end, chosen in (("high", top), ("low", bottom)):
         frame[f"domain_{end}"] = pd.Categorical([domains[code] for code in chosen], categories=domains)
         for name in ("mean", "low", "high"):
-            frame[f"{name}_{end}"] = table[name][domains].to_numpy()[at, chosen]
+            frame[f"{name}_{end}"] = table[name][at, chosen]
     frame["difference"] = frame["mean_high"] - frame["mean_low"]
-    known = np.isfinite(means).all(1)
-    is_dormant, is_active = known & (means > dormant).all(1), known & (means < active).all(1)
+    is_dormant, is_active = (means > dormant).all(1), (means < active).all(1)
     if len(domains) > 1:
-        pairs = _checked(comparison, scan, measure, alpha, seed)
+        pairs = _checked(comparison, scan, measure, alpha, seed, unequal_lengths)
         frame = frame.merge(_largest(pairs.frame, frame), on=["layer", "head"], how="left", validate="one_to_one")
         survives = ((frame["q"] <= alpha) & (frame["low"] > 0)).to_numpy()
         both = survives & (frame["mean_high"] > dormant).to_numpy() & (frame["mean_low"] < active).to_numpy()
@@ -123,15 +121,29 @@ def classify(
     return Result("sinks.classify", frame[[column.name for column in CLASSIFY_COLUMNS]], CLASSIFY_COLUMNS, provenance)
 
 
-def _checked(comparison: Result | None, scan: Scan, measure: str, alpha: float, seed: int) -> Result:
+def check_thresholds(dormant: float, active: float) -> None:
+    """Refuses thresholds that no head could meet, before any work is done.
+
+    Raises:
+        InputError: they are not 0 ≤ active ≤ dormant ≤ 1.
+    """
+    if not 0 <= active <= dormant <= 1:
+        raise InputError(f"active={active} and dormant={dormant}; expected 0 ≤ active ≤ dormant ≤ 1")
+
+
+def _checked(
+    comparison: Result | None, scan: Scan, measure: str, alpha: float, seed: int, unequal_lengths: bool
+) -> Result:
     if comparison is None:
-        return compare(scan, measure, alpha=alpha, seed=seed)
+        return compare(scan, measure, alpha=alpha, seed=seed, unequal_lengths=unequal_lengths)
     made = comparison.provenance.parameters
+    ours, theirs = scan.provenance, comparison.provenance
     same = comparison.kind == "sinks.compare" and list(comparison.frame["domain_a"].cat.categories) == scan.domains
+    same = same and (ours.fingerprint, ours.parameters.get("texts")) == (theirs.fingerprint, made.get("texts"))
     if not same or made.get("measure") != measure or made.get("alpha") != alpha:
         raise InputError(
-            f"the comparison is of measure {made.get('measure')!r}, alpha {made.get('alpha')!r}; expected one of this scan with "
-            f"measure {measure!r} and alpha {alpha}"
+            f"the comparison is of another scan, or of measure {made.get('measure')!r}, alpha {made.get('alpha')!r}; expected "
+            f"one of this scan with measure {measure!r} and alpha {alpha}"
         )
     return comparison
 

@@ -11,6 +11,7 @@ Texts of different lengths have different masses whatever the head does; compare
 
 from __future__ import annotations
 
+import math
 import time
 from itertools import combinations
 
@@ -23,6 +24,8 @@ from interp.results import Column, Result
 from interp.sinks.intervals import bootstrap_difference, false_discovery, permutation_test
 from interp.sinks.scan_table import Scan
 
+_TAIL = 20  # resamples that lie beyond each end of an interval
+_MOST = 400_000  # permutations or resamples of a single head
 COMPARE_COLUMNS = (
     Column("domain_a", "category", "", "first domain"),
     Column("domain_b", "category", "", "second domain"),
@@ -50,6 +53,7 @@ def compare(
     n_permutations: int = 9999,
     n_resamples: int = 5000,
     seed: int = 0,
+    unequal_lengths: bool = False,
 ) -> Result:
     """Every pair of domains, head by head.
 
@@ -57,15 +61,17 @@ def compare(
         scan: of at least two domains.
         measure: a head's measure: "mass_first", "mass_sinks", "value_ratio", "delta_logit", ….
         alpha: share of false discoveries that is accepted.
-        n_permutations: label assignments of the test; all of them where there are fewer.
-        n_resamples: of the bootstrap.
+        n_permutations: label assignments of the test; all of them where there are fewer. Heads that none of them reached, and
+            that could pass with more, get as many as the number of tests asks for.
+        n_resamples: of the bootstrap; more for the widened intervals of the heads that pass, where their level asks for it.
         seed: of both.
+        unequal_lengths: compare texts of different lengths all the same.
 
     Returns:
         A `Result` of kind "sinks.compare": one row per pair, layer and head. A domain of one text has no interval (missing).
 
     Raises:
-        InputError: fewer than two domains, an unknown measure, alpha outside (0, 1).
+        InputError: fewer than two domains, an unknown measure, alpha outside (0, 1), texts of different lengths.
     """
     start = time.perf_counter()
     if not isinstance(scan, Scan):
@@ -74,13 +80,14 @@ def compare(
         raise InputError(f"the scan has one domain, {scan.domains[0]!r}; give scan at least two to compare")
     if not 0 < alpha < 1:
         raise InputError(f"alpha={alpha}; expected a number between 0 and 1, such as 0.05")
-    values = scan.values(measure)
-    settings = {"n_resamples": n_resamples, "seed": seed}
-    parts, draws = [], []
-    for a, b in combinations(scan.domains, 2):
-        first, second = (values[name].to_numpy(dtype=np.float64) for name in (a, b))
-        low, high = bootstrap_difference(first, second, **settings)  # type: ignore[arg-type]
-        draws.append((first, second))
+    _check_lengths(scan, unequal_lengths)
+    values = by_text(scan, measure)
+    pairs = list(combinations(scan.domains, 2))
+    arrays = {name: values[name].to_numpy(dtype=np.float64) for name in scan.domains}
+    parts = []
+    for a, b in pairs:
+        first, second = arrays[a], arrays[b]
+        low, high = bootstrap_difference(first, second, n_resamples, seed=seed)
         parts.append(
             values[a]
             .columns.to_frame(index=False)
@@ -89,9 +96,20 @@ def compare(
         )
     frame = pd.concat(parts, ignore_index=True)
     frame["difference"] = frame["mean_a"] - frame["mean_b"]
-    frame["q"], level = false_discovery(frame["p"].to_numpy(), alpha)
-    wide = [bootstrap_difference(first, second, level=level, **settings) for first, second in draws]  # type: ignore[arg-type]
-    frame["low_fcr"], frame["high_fcr"] = (np.concatenate([pair[end] for pair in wide]) for end in (0, 1))
+    width = len(parts[0])
+    p = np.stack([part["p"].to_numpy() for part in parts])  # (pair, head)
+    _refine(p, [(arrays[a], arrays[b]) for a, b in pairs], alpha, n_permutations, seed)
+    q, level = false_discovery(p, alpha)
+    frame["p"], frame["q"] = p.ravel(), q.ravel()
+    # Tails beyond what the usual number of resamples shows; only heads that pass need them.
+    enough = min(_MOST, max(n_resamples, math.ceil(2 * _TAIL / (1 - level))))
+    wide = np.empty((2, len(pairs), width))
+    for at, (a, b) in enumerate(pairs):
+        wide[:, at] = bootstrap_difference(arrays[a], arrays[b], n_resamples, level, seed)
+        passed = q[at] <= alpha
+        if enough > n_resamples and passed.any():
+            wide[:, at, passed] = bootstrap_difference(arrays[a][:, passed], arrays[b][:, passed], enough, level, seed)
+    frame["low_fcr"], frame["high_fcr"] = wide[0].ravel(), wide[1].ravel()
     for name in ("domain_a", "domain_b"):
         frame[name] = pd.Categorical(frame[name], categories=scan.domains)
     parameters = {
@@ -104,6 +122,35 @@ def compare(
     }
     provenance = provenance_of(scan, parameters, seed, time.perf_counter() - start)
     return Result("sinks.compare", frame[[column.name for column in COMPARE_COLUMNS]], COMPARE_COLUMNS, provenance)
+
+
+def by_text(scan: Scan, measure: str) -> dict[str, pd.DataFrame]:
+    """One measure by text and head; a text without any sink puts no mass on sinks."""
+    values = scan.values(measure)
+    return {name: table.fillna(0.0) for name, table in values.items()} if measure == "mass_sinks" else values
+
+
+def _check_lengths(scan: Scan, unequal_lengths: bool) -> None:
+    lengths = scan.frame.groupby("domain", observed=True)["n_tokens"].agg(["min", "max"])
+    if not unequal_lengths and lengths["min"].min() < lengths["max"].max():
+        named = ", ".join(f"{name}: {row['min']}–{row['max']}" for name, row in lengths.iterrows())
+        raise InputError(
+            f"the texts have different lengths ({named} tokens), and a head's mass depends on the length whatever it does; scan "
+            f"with length=…, or pass unequal_lengths=True"
+        )
+
+
+def _refine(
+    p: np.ndarray, domains: list[tuple[np.ndarray, np.ndarray]], alpha: float, n_permutations: int, seed: int
+) -> None:
+    """More permutations, in place, for heads at the smallest p there can be, where that alone keeps them from passing."""
+    q, _ = false_discovery(p, alpha)
+    # The best of m tests passes from p = alpha / m on.
+    needed = math.ceil(2 * np.isfinite(p).sum() / alpha)
+    for at, (first, second) in enumerate(domains):
+        stuck = (p[at] <= 1.5 / (1 + n_permutations)) & (q[at] > alpha)
+        if stuck.any() and needed > n_permutations:
+            p[at, stuck] = permutation_test(first[:, stuck], second[:, stuck], min(needed, _MOST), seed)
 
 
 def provenance_of(scan: Scan, parameters: dict, seed: int, wall_time: float) -> Provenance:

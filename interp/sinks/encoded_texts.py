@@ -48,29 +48,23 @@ def encode_domains(
         if not entries:
             raise InputError(f"domain {name!r} has no texts; expected at least one")
         try:
-            if length is not None:  # cut before the check against the context
-                entries = [
-                    model.tokenizer(text)["input_ids"] if isinstance(text, str) and text else text for text in entries
-                ]
-                _check_length(entries, length, "cut to that length")
-                entries = [list(ids)[:length] for ids in entries]
-            encoded[name] = model.encode(entries, chat=chat)
-            _check_length(encoded[name], shortest, "measured at all")
+            encoded[name] = model.encode(entries, chat=chat, length=length)
+            _check_length(encoded[name], shortest if length is None else length)
         except InputError as error:
             raise InputError(f"domain {name!r}: {error}") from None
     return encoded
 
 
-def _check_length(entries: Sequence[Sequence[int]], least: int, purpose: str) -> None:
+def _check_length(entries: Sequence[Sequence[int]], least: int) -> None:
     short = {row: len(ids) for row, ids in enumerate(entries) if len(ids) < least}
     if short:
         row, have = next(iter(short.items()))
         raise InputError(
-            f"{len(short)} of {len(entries)} texts are shorter than the {least} tokens needed to be {purpose} (text {row} has "
-            f"{have}); join or drop them"
+            f"{len(short)} of {len(entries)} texts are shorter than the {least} tokens needed (text {row} has {have}); join or "
+            f"drop them"
         )
 
 
-def digest(domains: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """16 hex digits of the token ids of all domains: a sharded run's folder is of these texts and no other."""
-    return hashlib.sha256(json.dumps(domains).encode()).hexdigest()[:16]
+def digests(domains: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, str]:
+    """16 hex digits of each domain's token ids: by them a result says which texts it is of."""
+    return {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in domains.items()}

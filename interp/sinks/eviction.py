@@ -35,7 +35,8 @@ from interp.errors import InputError, ModelError
 from interp.model import Model
 from interp.provenance import Provenance
 from interp.results import Column, Result
-from interp.sinks.encoded_texts import Texts, encode_domains
+from interp.sinks.encoded_texts import Texts, digests, encode_domains
+from interp.sinks.fused_attention import check_causal
 from interp.sinks.intervals import bootstrap_mean
 from interp.sinks.losses import check_predicts, fitting_tokens, mean_losses
 
@@ -93,6 +94,7 @@ def evict(
             f"keys: sinks and controls lie outside its recent part"
         )
     check_predicts(model)
+    check_causal(model, layers=())
     domains = encode_domains(model, texts, chat=chat, shortest=window + n_sinks + 2)
     encoded = [ids for rows in domains.values() for ids in rows]
     longest = max(map(len, encoded))
@@ -118,6 +120,7 @@ def evict(
         named = pd.Categorical([arm] * len(keys), categories=ARMS)
         frames.append(keys.assign(arm=named, loss=losses[arm], delta_loss=losses[arm] - losses["full"]))
     parameters: dict[str, Any] = {"window": window, "n_sinks": n_sinks, "chat": chat, "max_tokens": max_tokens}
+    parameters["texts"] = digests(domains)
     parameters["n_texts"] = {name: len(rows) for name, rows in domains.items()}
     provenance = Provenance.collect(model, parameters=parameters, wall_time=time.perf_counter() - start)
     return Result("sinks.evict", pd.concat(frames, ignore_index=True), EVICTION_COLUMNS, provenance)

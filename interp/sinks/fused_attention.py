@@ -19,8 +19,9 @@ is not read. Scores, lse and all that is derived from them are float32 whatever 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -70,13 +71,16 @@ _recorder: ContextVar[Callable[[Seen], None] | None] = ContextVar("attention_rec
 
 
 @contextlib.contextmanager
-def recording(model: Model, engine: str, recorder: Callable[[Seen], None]) -> Iterator[None]:
+def recording(
+    model: Model, engine: str, recorder: Callable[[Seen], None], layers: Iterable[int] | None = None
+) -> Iterator[None]:
     """Inside the block, every layer's attention of this thread's forward passes is handed to `recorder`.
 
     Args:
         model: a causal LM.
         engine: "fused" or "eager".
         recorder: called once per layer and batch, in the layers' order; it must not change or keep the tensors.
+        layers: which it measures; all by default. The others' kind of attention is not checked.
 
     Raises:
         InputError: an unknown engine, an encoder, or bidirectional attention.
@@ -84,7 +88,7 @@ def recording(model: Model, engine: str, recorder: Callable[[Seen], None]) -> It
     """
     if engine not in ENGINES:
         raise InputError(f"engine={engine!r}; expected one of {', '.join(ENGINES)}")
-    check_causal(model)
+    check_causal(model, layers)
     _register()
     token = _recorder.set(recorder)
     try:
@@ -94,19 +98,31 @@ def recording(model: Model, engine: str, recorder: Callable[[Seen], None]) -> It
         _recorder.reset(token)
 
 
-def check_causal(model: Model) -> None:
+def check_causal(model: Model, layers: Iterable[int] | None = None) -> None:
     """Refuses what sinks are not defined for here, by name.
+
+    Args:
+        model: any.
+        layers: whose attention is to be measured; all by default.
 
     Raises:
         InputError: an encoder, or bidirectional attention.
-        ModelError: a layer has chunked, linear or another attention.
+        ModelError: one of the layers has chunked, linear or another attention.
     """
-    if not model.arch.family.decoder or getattr(model.arch.config, "is_causal", True) is False:
+    config = model.arch.config
+    both = getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))
+    if not model.arch.family.decoder or both:
         raise InputError(
-            f"{model.name} ({model.arch.family.name}) attends in both directions; sinks are measured on causal language models"
+            f"{model.name} ({model.arch.family.name}) is an encoder, or attends in both directions; sinks are measured on causal "
+            f"language models"
         )
-    kinds = getattr(model.arch.config, "layer_types", None) or []
-    other = {layer: kind for layer, kind in enumerate(kinds) if kind not in ("full_attention", "sliding_attention")}
+    kinds = getattr(config, "layer_types", None) or []
+    wanted = set(range(len(kinds)) if layers is None else layers)
+    other = {
+        layer: kind
+        for layer, kind in enumerate(kinds)
+        if layer in wanted and kind not in ("full_attention", "sliding_attention")
+    }
     if other:
         named = ", ".join(f"layer {layer}: {kind}" for layer, kind in list(other.items())[:8])
         raise ModelError(
@@ -193,8 +209,10 @@ def _in_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Explicit scores, a block of queries at a time, against the keys that the block can see."""
     batch, heads, length, _ = query.shape
-    span = length if window is None else window
-    block = block or max(16, _BLOCK_SCORES // max(1, batch * heads * (span + 16)))
+    # A block of b queries sees b + window − 1 keys, or at most the whole text.
+    room, span = _BLOCK_SCORES / (batch * heads), length if window is None else window
+    fits = room / span if window is None else (math.sqrt(span**2 + 4 * room) - span) / 2
+    block = block or max(16, int(fits))
     outputs, sums = [], []
     for start in range(0, length, block):
         end = min(start + block, length)
@@ -295,6 +313,8 @@ def _own_eager(module: Any) -> Any:
 
 def _refuse(module: Any, other: dict[str, Any], mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     """What neither engine can be exact about is refused by name."""
+    if getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{type(module).__name__} attends in both directions; sinks are measured on causal attention")
     if other.get("position_bias") is not None:
         raise ModelError(f"{type(module).__name__} adds a position bias to its scores, which sinks cannot follow")
     if mask is not None or query.shape[2] != key.shape[2]:

@@ -14,7 +14,8 @@ Of its attention, per text and head (`attention_measures`); A is the pattern, S 
     delta_logit    score to key 0 minus the mean score of the other visible keys, neither key 0 nor the query itself; mean over
                    the queries that see key 0 and at least one of those    (Guo et al., arXiv 2410.13835)
 
-*Sink tokens* are tokens whose residual norm, entering this layer or one below it, exceeds `peak` times the text's median.
+*Sink tokens* are tokens whose residual norm exceeds `peak` times the text's median: for attention, in the stream that enters this
+layer or one below it; for the residual measures, also in this layer's output.
 *Others* are real tokens that are neither sinks nor position 0. Medians of an even count are the lower of the two.
 Everything is float32, and padding (on the right) enters nowhere.
 """
@@ -72,8 +73,10 @@ def residual_measures(
     candidates = resid[rows, tokens].float().masked_fill(~mask[rows, tokens][..., None], 0)
     largest = candidates.abs().flatten(1).topk(MASSIVE, dim=1).indices
     position, dimension = tokens.gather(1, largest // resid.shape[-1]), largest % resid.shape[-1]
-    step = max(1, -(-mask.shape[1] // _MEDIAN_TOKENS))
-    sample = resid[:, ::step].float().abs().masked_fill_(~mask[:, ::step, None], missing)
+    # Evenly spaced within each text's own length, so that padding decides nothing.
+    counts, steps = mask.sum(1, keepdim=True), torch.arange(min(_MEDIAN_TOKENS, mask.shape[1]), device=mask.device)
+    spaced = torch.where(counts > len(steps), steps * counts // len(steps), steps)  # (batch, sample)
+    sample = resid[rows, spaced].float().abs().masked_fill_((steps >= counts)[..., None], missing)
     return {
         "resid_first": norms[:, 0],
         "resid_sinks": _mean_where(norms, sinks),
@@ -166,7 +169,8 @@ def _from_lse(seen: Seen, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, 
     compared = sees_first & (positions >= 2)
     if seen.softcap is None:
         # Σ_k s_qk = q · Σ_k k: a running sum of keys, in float64 since it grows with the text. Queries 0 and 1 have no others.
-        keys = seen.key[:, :, 1:-1].cumsum(2, dtype=torch.float64).float()
+        wide = torch.float32 if seen.key.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        keys = seen.key[:, :, 1:-1].cumsum(2, dtype=wide).float()
         mean_others = _dot(query[:, :, 2:], keys) * (seen.scaling / (positions[2:] - 1))
         mean_others = torch.nn.functional.pad(mean_others, (min(2, length), 0))
     else:

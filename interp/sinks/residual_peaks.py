@@ -40,7 +40,8 @@ from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
 from interp.results import Column, Result
-from interp.sinks.encoded_texts import Texts, encode_domains
+from interp.sinks.encoded_texts import Texts, digests, encode_domains
+from interp.sinks.fused_attention import check_causal
 from interp.sinks.intervals import bootstrap_mean
 
 BLOCKS = {"attention": "attn_out", "mlp": "mlp_out"}
@@ -106,10 +107,7 @@ def residual_peak_origin(
         >>> origin(result)[["block", "block_layer", "remaining", "makes_peak"]]            # doctest: +SKIP
     """
     start = time.perf_counter()
-    if not model.arch.family.decoder:
-        raise InputError(
-            f"{model.name} is an encoder ({model.arch.family.name}); sinks are measured on causal language models"
-        )
+    check_causal(model, layers=())
     domains = encode_domains(model, texts, chat=chat, shortest=3)
     chosen = None if layers is None else sorted({model.arch.check_layer(layer) for layer in layers})
     if chosen == []:
@@ -136,6 +134,7 @@ def residual_peak_origin(
     frame = pd.concat(frames, ignore_index=True)
     frame["domain"] = pd.Categorical(frame["domain"], categories=list(domains))
     parameters: dict[str, Any] = {"layers": chosen, "controls": controls, "chat": chat, "max_tokens": max_tokens}
+    parameters["texts"] = digests(domains)
     parameters["n_texts"] = {name: len(rows) for name, rows in domains.items()}
     provenance = Provenance.collect(model, parameters=parameters, wall_time=time.perf_counter() - start)
     return Result("sinks.residual_peak_origin", frame, PEAK_COLUMNS, provenance)

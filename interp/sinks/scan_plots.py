@@ -23,6 +23,7 @@ _TITLES = {
     "output_norm": ("What the head writes", "norm"),
     "delta_logit": ("Score of the first token above the others", "nats"),
 }
+_DASHES = ("solid", "dash", "dot")  # where domains outnumber the colours
 LABEL_COLORS = {"active": "#F0E442", "mixed": "#D9D9D9", "dormant": "#0072B2", "active-dormant": "#D55E00"}
 
 
@@ -244,7 +245,7 @@ def norms(result: Scan, domains: Sequence[str] | None = None) -> Any:
                 rows["low"],
                 rows["high"],
                 name=f"{domain}: {name}",
-                color=PALETTE[at],
+                color=PALETTE[at % len(PALETTE)],
             )
             drawn.data[-1].line.dash = dashes[measure]
     drawn.update_yaxes(type="log")
@@ -276,7 +277,7 @@ def value_norms(result: Scan, domains: Sequence[str] | None = None) -> Any:
                 x=rows["layer"].to_numpy(),
                 y=to_float32(rows["mean"]),
                 name=for_plotly(domain, inner=False),
-                marker={"color": PALETTE[at], "size": 3},
+                marker={"color": PALETTE[at % len(PALETTE)], "size": 3},
                 line={"width": 1},
             )
         )
@@ -302,13 +303,14 @@ def epsilon_curve(result: Scan, measure: str = "mass_first") -> Any:
         "share of heads and texts with mass > ε",
         subtitle=_subtitle(result) + "; dotted: ε = 0.3 (Gu et al.)",
     )
-    for domain in result.domains:
+    for at, domain in enumerate(result.domains):
         curve = rates.loc[domain]
         drawn.add_trace(
             go.Scatter(
                 x=to_float32(curve.index),
                 y=to_float32(curve),
                 mode="lines+markers",
+                line={"color": PALETTE[at % len(PALETTE)], "dash": _DASHES[at // len(PALETTE) % len(_DASHES)]},
                 name=for_plotly(domain, inner=False),
                 hovertemplate="ε = %{x:.2f}: %{y:.1%}",
             )

@@ -28,7 +28,7 @@ from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
-from interp.sinks.encoded_texts import Texts, digest, encode_domains
+from interp.sinks.encoded_texts import Texts, digests, encode_domains
 from interp.sinks.fused_attention import check_causal, recording
 from interp.sinks.scan_table import SCAN_COLUMNS, Scan
 from interp.sinks.sink_probe import SinkProbe
@@ -50,8 +50,8 @@ def scan(
 
     Args:
         model: a causal LM, as `load_model` gave it.
-        texts: {domain: texts}, or texts of one domain; strings or sequences of token ids, taken as they are: whether they
-            begin with a BOS token decides what is a sink (`interp.sinks.sequences` makes the variants).
+        texts: {domain: texts}, or texts of one domain; strings or sequences of at least two token ids, taken as they are:
+            whether they begin with a BOS token decides what is a sink (`interp.sinks.sequences` makes the variants).
         engine: "fused" (memory flat in the length, 1e-5 from eager) or "eager" (the model's own patterns).
         length: cut every text to this many tokens; by default texts are taken whole.
         peak: residual norm, in medians of the text, from which a token is a sink.
@@ -74,10 +74,10 @@ def scan(
         >>> scan(load_model(), texts).heads()                                              # doctest: +SKIP
     """
     start = time.perf_counter()
-    check_causal(model)
-    domains = encode_domains(model, texts, length=length)
     chosen = _layers(model, layers)
-    if peak <= 1:
+    check_causal(model, chosen)
+    domains = encode_domains(model, texts, length=length, shortest=2)
+    if not peak > 1:
         raise InputError(f"peak={peak}; a sink's norm is more than 1 times the median: expected a number such as 10")
     lengths = {name: [min(map(len, ids)), max(map(len, ids))] for name, ids in domains.items()}
     _check_eager_memory(model, engine, max(high for _, high in lengths.values()))
@@ -89,6 +89,7 @@ def scan(
         "n_heads": model.arch.n_heads,
         "n_texts": {name: len(ids) for name, ids in domains.items()},
         "tokens": lengths,
+        "texts": digests(domains),
     }
     if isinstance(progress, bool) and progress:
         progress = "scan"
@@ -135,7 +136,7 @@ def _sharded(
         step = max(1, max_tokens // max(map(len, ids)))
         for at in range(0, len(ids), step):
             units[f"{name}-{at}"] = (name, at, ids[at : at + step])
-    provenance = Provenance.collect(model, parameters={**parameters, "texts": digest(domains)})
+    provenance = Provenance.collect(model, parameters=parameters)
     run = ShardedRun(out, "sinks.scan", SCAN_COLUMNS, provenance, units=list(units))
     missing = run.missing()
     description = progress if isinstance(progress, str) else None
@@ -164,7 +165,7 @@ def _scan_texts(
     if engine == "eager":
         longest = max(map(len, encoded))
         max_tokens = max(longest, min(max_tokens, 2**27 // (model.arch.n_heads * longest)))
-    with recording(model, engine, probe.record):
+    with recording(model, engine, probe.record, layers):
         run_probes(model, encoded, [probe], max_tokens=max_tokens, progress=progress)
     names = [name for name, (_, texts) in domains.items() for _ in texts]
     index = [first + at for first, texts in domains.values() for at in range(len(texts))]

@@ -106,6 +106,24 @@ def test_devices_without_a_kernel_go_block_by_block() -> None:
     assert lse.shape == (1, 4, 9)
 
 
+def test_blocks_of_a_window_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of b queries sees b + window − 1 keys: that product, and not b · window, has to fit."""
+    sizes = []
+    original = fused_attention.block_scores
+
+    def noted(*given: Any) -> Any:
+        scores = original(*given)
+        sizes.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr(fused_attention, "block_scores", noted)
+    monkeypatch.setattr(fused_attention, "_BLOCK_SCORES", 2**12)
+    inputs = random_inputs(0, 2, 2, 400, 4, batch=1)
+    attention_with_lse(*inputs, 0.5, window=8)
+    assert max(sizes) <= 2**12
+    assert len(sizes) < 20
+
+
 def test_gpt_oss_sink_logits_against_its_own_function() -> None:
     from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
@@ -166,6 +184,10 @@ def test_what_cannot_be_measured_is_refused_by_name(tiny: Any) -> None:
     model.arch.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(ModelError, match="layer 1: linear_attention"):
         check_causal(model)
+    check_causal(model, layers=[0, 2])
+    both = tiny("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(InputError, match="both directions"):
+        check_causal(both)
     caching = tiny()
     with recording(caching, "fused", lambda seen: None), pytest.raises(ModelError, match="cache of its own"):
         caching.hf.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0)

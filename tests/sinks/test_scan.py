@@ -40,7 +40,7 @@ def assert_same(a: Scan, b: Scan, tolerance: float = 1e-5) -> None:
 
 def test_engines_agree_on_every_family(tiny: Any, family: str) -> None:
     """Ragged lengths, windows shorter than the texts, and sinks that are not at position 0 (a low `peak`)."""
-    texts = {"a": token_ids(0, 5, 12, 12, 7), "b": token_ids(1, 1, 2, 3, 20)}
+    texts = {"a": token_ids(0, 5, 12, 12, 7), "b": token_ids(1, 2, 2, 3, 20)}
     model = tiny(family)
     fused, eager = (scan(model, texts, engine=engine, peak=1.1, **QUIET) for engine in ("fused", "eager"))
     assert fused.frame["mass_sinks"].notna().any()
@@ -114,13 +114,22 @@ def test_padding_and_batches_change_nothing(tiny: Any) -> None:
     alone = [scan(model, [ids], peak=1.1, **QUIET).frame.assign(text=at) for at, ids in enumerate(texts)]
     whole = scan(model, texts, peak=1.1, **QUIET)
     together = pd.concat(alone, ignore_index=True)
-    for name in (*ATTENTION_MEASURES, "resid_others", "massive_2"):
+    for name in (*ATTENTION_MEASURES, "resid_others", "massive_2", "median_abs"):
         np.testing.assert_allclose(together[name].to_numpy(), whole.frame[name].to_numpy(), rtol=1e-4, atol=1e-5)
     assert together["sink_tokens"].tolist() == whole.frame["sink_tokens"].tolist()
 
 
+def test_a_long_neighbour_changes_nothing(tiny: Any) -> None:
+    """Longer than what the median samples: its spacing is each text's own."""
+    model = tiny("llama", max_position_embeddings=512)
+    short, long = token_ids(20, 8)[0], token_ids(21, 300)[0]
+    alone = [scan(model, [ids], **QUIET).frame["median_abs"].dropna().to_numpy() for ids in (short, long)]
+    together = scan(model, [short, long], **QUIET).frame["median_abs"].dropna().to_numpy()
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-4)
+
+
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 50), length=st.integers(1, 25))
+@given(seed=st.integers(0, 50), length=st.integers(2, 25))
 def test_masses_are_probabilities(seed: int, length: int) -> None:
     model = load_model(tiny_hf("llama"), tiny_tokenizer(), check=False)
     heads = scan(model, token_ids(seed, length), peak=1.05, **QUIET).frame.query("head >= 0")
@@ -271,14 +280,16 @@ scan(model, texts, max_tokens=16, out={str(tmp_path / "run")!r}, progress=False)
         ({}, {}, "no domain"),
         ({"a": []}, {}, "domain 'a' has no texts"),
         ({"a": [[5], []]}, {}, "domain 'a': text 1 is empty"),
-        ({"a": [[5, 6, 7], [5]]}, {"length": 3}, "1 of 2 texts are shorter than the 3 tokens needed .* .text 1 has 1"),
+        ({"a": [[5, 6, 7, 8], [5]]}, {"length": 4}, "1 of 2 texts are shorter than the 4 tokens needed .text 1 has 1"),
+        ({"a": [[5, 6, 7], [5]]}, {}, "1 of 2 texts are shorter than the 2 tokens needed .text 1 has 1"),
         ({"a": [[5] * 65]}, {}, "context is 64"),
         ({"a": [[99]]}, {}, "outside the model's vocabulary"),
-        ({"a": [[5]]}, {"length": 0}, "at least 1 token"),
-        ({"a": [[5]]}, {"layers": [3]}, "layer 3 is out of range"),
-        ({"a": [[5]]}, {"layers": []}, "layers is empty"),
-        ({"a": [[5]]}, {"engine": "flash"}, "expected one of fused, eager"),
-        ({"a": [[5]]}, {"peak": 1}, "peak=1"),
+        ({"a": [[5, 6, 7]]}, {"length": 1}, "length=1; expected at least 2 tokens"),
+        ({"a": [[5, 6, 7]]}, {"layers": [3]}, "layer 3 is out of range"),
+        ({"a": [[5, 6, 7]]}, {"layers": []}, "layers is empty"),
+        ({"a": [[5, 6, 7]]}, {"engine": "flash"}, "expected one of fused, eager"),
+        ({"a": [[5, 6, 7]]}, {"peak": 1}, "peak=1"),
+        ({"a": [[5, 6, 7]]}, {"peak": float("nan")}, "peak=nan"),
         ({3: [[5]]}, {}, "must be a string"),
     ],
 )
@@ -294,7 +305,7 @@ def test_length_cuts_texts_longer_than_the_context(tiny: Any) -> None:
 
 def test_encoders_are_refused() -> None:
     with pytest.raises(InputError, match="both directions"):
-        scan(load_model(tiny_encoder()), [[5, 6]], **QUIET)
+        scan(load_model(tiny_encoder()), [[5, 6, 7]], **QUIET)
 
 
 def test_a_layer_without_softmax_attention_is_named(tiny: Any) -> None:
