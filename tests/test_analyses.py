@@ -202,3 +202,32 @@ def test_a_texts_beginning_is_found() -> None:
         for adds, knows in ((True, True), (False, True), (False, False))
     ]
     assert found == ["auto", "<|endoftext|>", True]
+
+
+def test_sink_heads_of_other_texts_or_settings_are_made_again(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for name in ("scan", "ablate", "evict", "residual_peak_origin"):
+        original = getattr(sink_heads, name)
+        monkeypatch.setattr(
+            sink_heads, name, lambda *a, _name=name, _original=original, **k: made.append(_name) or _original(*a, **k)
+        )
+    sizes = {"length": 12, "n_texts": 6, "n_confirm": 4, "n_heads": 1, "n_random": 1, "n_small": 2, "window": 10}
+    domains, out = sink_domains(tmp_path), tmp_path / "out"
+    sink_heads.run(model, out, domains, [], **sizes)
+    first = list(made)
+    assert {"scan", "ablate", "evict", "residual_peak_origin"} == set(first)
+    for changes, again in (
+        ({}, set()),
+        ({"n_random": 2}, {"ablate"}),
+        ({"length": 10}, {"scan", "ablate", "evict", "residual_peak_origin"}),
+    ):
+        made.clear()
+        sink_heads.run(model, out, domains, [], **{**sizes, **changes})
+        assert set(made) == again
+    for path in tmp_path.glob("one-*.txt"):
+        path.write_text(path.read_text().replace("water", "code"))
+    made.clear()
+    sink_heads.run(model, out, domains, [], **{**sizes, "length": 10, "n_random": 2})
+    assert set(made) == {"scan", "ablate", "evict", "residual_peak_origin"}
