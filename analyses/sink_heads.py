@@ -62,7 +62,7 @@ LOSSES = [
     *("above random heads high", "random heads", "n"),
 ]
 # What `make report` runs.
-REPORT: dict[str, Any] = {"n_texts": 16, "n_heads": 3, "n_random": 6, "n_confirm": 12, "n_small": 4}
+REPORT: dict[str, Any] = {"n_texts": 14, "n_heads": 3, "n_random": 6, "n_confirm": 12, "n_small": 3}
 
 
 def run(
@@ -124,7 +124,7 @@ def run(
         },
     )
     table = confirm(chosen, again, ablated)
-    few = {name: fresh[name][: max(2, n_small // 2)] for name in domains[:2]}
+    few = {name: [ids[: max(length // 2, 3)] for ids in fresh[name][: max(2, n_small // 2)]] for name in domains[:2]}
     origins = reuse_or_make(
         out / "residual_peak_origin.parquet",
         lambda: residual_peak_origin(model, few),

@@ -4,9 +4,12 @@
    runs the LM head.
 2. *8,192 tokens*: peak memory of the whole process while one text is scanned.
 3. *Two domains × 64 texts × 256 tokens*: Hugging Face with `output_attentions=True` and TransformerLens' `run_with_cache` of the
-   patterns, both as documented, in batches of as many tokens as ours, each batch reduced to its attention on the first token
-   before the next. Ours measures seven more things per head and sixteen per layer. The three masses are compared.
-4. How time and memory grow with the length and with the number of texts, in fresh processes: rows, and one figure in
+   patterns, both as documented (their LM head runs; Hugging Face also without it), in batches of as many tokens as ours, each
+   batch reduced to its attention on the first token before the next. Ours never runs the LM head, and measures six more
+   things per head and sixteen per layer. The masses are compared.
+4. *Ablation* of some heads, batched over heads with the layers below computed once, against one forward pass per head with
+   `interp.HeadAblation`; losses compared.
+5. How time and memory grow with the length and with the number of texts, in fresh processes: rows, and one figure in
    reports/sinks_growth.html.
 """
 
@@ -31,7 +34,7 @@ _GIB = 2**30
 
 def run(quick: bool) -> list[Row]:
     """All rows; the figure is written beside them."""
-    return [*_against_forward(quick), *_against_others(quick), *_long(quick), *_growth(quick)]
+    return [*_against_forward(quick), *_against_others(quick), *_long(quick), *_ablation(quick), *_growth(quick)]
 
 
 def _about(quick: bool, **more: Any) -> dict[str, Any]:
@@ -72,18 +75,28 @@ def _against_others(quick: bool) -> list[Row]:
     domains = {"first": texts[: n_texts // 2], "second": texts[n_texts // 2 :]}
     ours = torch.tensor(scan(model, domains, progress=False).frame.query("head >= 0")["mass_first"].to_numpy())
     errors = []
-    for others in (hugging_face_masses(model, texts), lens_masses(bridge, texts)):
-        errors.append((ours - others.flatten()).abs().max().item())
+    some = len(texts[:_BATCH]) * model.arch.n_layers * model.arch.n_heads
+    for others in (hugging_face_masses(model, texts[:_BATCH]), lens_masses(bridge, texts[:_BATCH])):
+        errors.append((ours[:some] - others.flatten()).abs().max().item())
     times = interleave(
         {
             "ours": lambda: scan(model, domains, progress=False),
             "hugging": lambda: hugging_face_masses(model, texts),
             "lens": lambda: lens_masses(bridge, texts),
+            "hugging_headless": lambda: hugging_face_masses(model, texts, head=False),
         },
         repeats,
+        warm=True,
     )
     del bridge, model
     names = {"hugging": "Hugging Face eager, output_attentions", "lens": "TransformerLens, cached patterns"}
+    bare = Row(
+        **_about(quick, against=f"{names['hugging']}, no LM head", n=f"2 domains × {n_texts // 2} texts × 256 tokens"),
+        **ratio_of(times["ours"], times["hugging_headless"]),
+        name="scan of two domains: time",
+        target="< 1",
+        note="both pass the same layers and nothing else",
+    )
     rows = []
     memory = {case: measure("sink_scan", f"{case}_in_memory", n_texts=n_texts)["extra"] for case in ("ours", *names)}
     for (case, name), error in zip(names.items(), errors, strict=True):
@@ -111,16 +124,17 @@ def _against_others(quick: bool) -> list[Row]:
                 note=note,
             )
         )
-    return rows
+    return [*rows, bare]
 
 
 @torch.no_grad()
-def hugging_face_masses(model: Any, texts: list[list[int]]) -> torch.Tensor:
+def hugging_face_masses(model: Any, texts: list[list[int]], head: bool = True) -> torch.Tensor:
     """(text, layer, head) attention on the first token, as `output_attentions` gives it."""
+    run = model.hf if head else model.hf.base_model
     parts = []
     with model.attention_implementation("eager"):
         for start in range(0, len(texts), _BATCH):
-            output = model.hf(input_ids=torch.tensor(texts[start : start + _BATCH]), output_attentions=True)
+            output = run(input_ids=torch.tensor(texts[start : start + _BATCH]), output_attentions=True)
             parts.append(torch.stack([pattern[..., 0].mean(-1) for pattern in output.attentions], 1))
     return torch.cat(parts)
 
@@ -158,13 +172,51 @@ def _long(quick: bool) -> list[Row]:
     ]
 
 
+def _ablation(quick: bool) -> list[Row]:
+    from interp.intervene import HeadAblation, intervene
+    from interp.sinks import ablate
+    from interp.sinks.ablated_runs import plain_losses
+
+    layers, n, repeats = ((15,), 2, 1) if quick else ((3, 11, 19, 27), 4, 2)
+    model = embedded()
+    texts = standard_library_texts(model, n, 64)
+    heads = [(layer, head) for layer in layers for head in range(model.arch.n_heads)]
+
+    def ours() -> Any:
+        return ablate(model, heads, texts, n_random=0, scan=False, progress=False).frame
+
+    def one_by_one() -> torch.Tensor:
+        losses = []
+        for layer, head in heads:
+            with intervene(model, HeadAblation(layer, head)):
+                losses.append(torch.tensor(plain_losses(model, texts, 4096)))
+        return torch.stack(losses)
+
+    found = torch.tensor(ours().sort_values(["layer", "head", "text"])["loss_ablated"].to_numpy())
+    error = (found - one_by_one().flatten()).abs().max().item()
+    times = interleave({"ours": ours, "others": one_by_one}, repeats)
+    return [
+        Row(
+            **_about(
+                quick,
+                name="ablation: time",
+                against="one forward pass per head",
+                n=f"{len(heads)} heads × {n} texts × 64",
+            ),
+            **ratio_of(times["ours"], times["others"]),
+            target="< 1",
+            note=f"layers {', '.join(map(str, layers))}; losses agree within {error:.0e}",
+        )
+    ]
+
+
 def _growth(quick: bool) -> list[Row]:
     """Time and memory against length and number of texts."""
     lengths = {
         "fused": [128, 512] if quick else [256, 1024, 4096, 8192],
         "eager": [128, 512] if quick else [256, 1024, 2048],
     }
-    counts = [4, 16] if quick else [16, 64, 256]
+    counts = [4, 16] if quick else [16, 48, 128]
     points = []
     for engine, sizes in lengths.items():
         for length in sizes:

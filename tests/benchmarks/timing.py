@@ -38,15 +38,16 @@ class Times:
         return result
 
 
-def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
+def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, Times]:
     """Time several calls in turn.
 
     Args:
         cases: name → call.
         repeats: rounds after the warm-up.
+        warm: the cases have run already, on less work perhaps: no warm-up.
     """
     times = {name: Times() for name in cases}
-    for call in cases.values():
+    for call in () if warm else cases.values():
         call()
     for at in range(repeats):
         for name in list(cases)[:: 1 if at % 2 == 0 else -1]:
