@@ -346,3 +346,23 @@ def test_engines_agree_on_the_embedded_model(embedded: Any) -> None:
     # What the literature says of such models: the first token's residual norm is far above the others'.
     ratio = fused.layers(["resid_ratio"]).set_index("layer")["mean"]
     assert ratio[15] > 50
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_offloaded_weights_change_nothing(tiny: Any, family: str) -> None:
+    """With weights kept elsewhere by accelerate, as under `device_map`, parameters are meta tensors between the layers."""
+    from accelerate import cpu_offload
+
+    from interp.sinks import ablate, residual_peak_origin
+
+    texts = {"a": token_ids(30, 9, 9), "b": token_ids(31, 9, 6)}
+    model = tiny(family)
+    expected = scan(model, texts, peak=1.2, **QUIET)
+    loss = ablate(model, [(1, 2)], texts, n_random=0, **QUIET).frame["delta_loss"]
+    peaks = residual_peak_origin(model, texts, layers=[0], n_controls=0, **QUIET).frame["norm_sink"]
+    cpu_offload(model.hf, execution_device=torch.device("cpu"))
+    assert model.arch.o_proj(0).weight.is_meta
+    assert_same(scan(model, texts, peak=1.2, **QUIET), expected)
+    assert np.allclose(ablate(model, [(1, 2)], texts, n_random=0, **QUIET).frame["delta_loss"], loss, atol=1e-6)
+    again = residual_peak_origin(model, texts, layers=[0], n_controls=0, **QUIET).frame["norm_sink"]
+    assert np.allclose(again, peaks, rtol=1e-5)
