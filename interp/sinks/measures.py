@@ -40,6 +40,7 @@ ATTENTION_MEASURES = (
     "delta_logit",
 )
 _MEDIAN_TOKENS = 128
+_SUM_BLOCK = 64  # positions
 # Scores of queries against sink tokens that live at a time: 64 MiB of float32.
 _SINK_SCORES = 2**24
 
@@ -168,9 +169,8 @@ def _from_lse(seen: Seen, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, 
     # Others of query q: keys 1 … q − 1; all of them are visible wherever key 0 is.
     compared = sees_first & (positions >= 2)
     if seen.softcap is None:
-        # Σ_k s_qk = q · Σ_k k: a running sum of keys, in float64 since it grows with the text. Queries 0 and 1 have no others.
-        wide = torch.float32 if seen.key.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        keys = seen.key[:, :, 1:-1].cumsum(2, dtype=wide).float()
+        # Σ_k s_qk = q · Σ_k k: a running sum of keys. Queries 0 and 1 have no others.
+        keys = _running_sums(seen.key[:, :, 1:-1])
         mean_others = _dot(query[:, :, 2:], keys) * (seen.scaling / (positions[2:] - 1))
         mean_others = torch.nn.functional.pad(mean_others, (min(2, length), 0))
     else:
@@ -196,6 +196,17 @@ def _from_pattern(seen: Seen, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
     mean_others = _mean_where(scores, others.expand_as(scores))
     compared = (queries & sees[:, 0] & others.any(1)).expand_as(mean_others)
     return first, on_sinks, _mean_where(scores[..., 0] - mean_others, compared)
+
+
+def _running_sums(keys: Tensor) -> Tensor:
+    """Sums over positions up to each, float32: within short blocks, and over the blocks before in float64, since they grow."""
+    length = keys.shape[2]
+    padded = torch.nn.functional.pad(keys.float(), (0, 0, 0, -length % _SUM_BLOCK))
+    within = padded.unflatten(2, (-1, _SUM_BLOCK)).cumsum(3)  # (batch, kv_head, block, position, d_head)
+    totals = within[:, :, :, -1]
+    wide = torch.float32 if keys.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    before = (totals.to(wide).cumsum(2) - totals.to(wide)).float()
+    return within.add_(before[:, :, :, None]).flatten(2, 3)[:, :, :length]
 
 
 def _scores_to(seen: Seen, at: Tensor) -> Tensor:
