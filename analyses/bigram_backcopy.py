@@ -204,7 +204,7 @@ def taken_apart(setup: Setup, items: list[Any]) -> list[Claim]:
     below = ", ".join(visible(one) for one in frequent.loc[common <= triggers.max(), "character"]) or "none"
     return [
         Claim(
-            f"without attention, backcopy is lost (risk at triggers; with it {risk('none', 'trigger')['value']:.4f})",
+            f"without attention, backcopy is lost (risk at triggers above 1 nat; with it {risk('none', 'trigger')['value']:.4f})",
             SOURCE,
             published.WITHOUT_ATTENTION[0],
             float(flat["value"]),
@@ -213,7 +213,7 @@ def taken_apart(setup: Setup, items: list[Any]) -> list[Claim]:
             bool(flat["low"] > 1),
         ),
         Claim(
-            f"without attention, bigram prediction stays as it was (risk; with it {before['value']:.4f})",
+            f"without attention, bigram prediction stays as it was (risk within 2 %; with it {before['value']:.4f})",
             SOURCE,
             published.WITHOUT_ATTENTION[1],
             float(without["value"]),

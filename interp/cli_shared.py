@@ -39,10 +39,11 @@ def save(result: Any, out: Path | None) -> None:
 
 
 def show(frame: pd.DataFrame, as_json: bool = False) -> None:
-    """Print a frame: JSON records, or a table with visible spaces in text and 4 digits in numbers."""
+    """Print a frame: JSON records, or a table with visible spaces in text, 4 digits in numbers and – for what is missing."""
     if as_json:
         print(frame.to_json(orient="records", force_ascii=False))
         return
+    import pandas as pd
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -52,6 +53,8 @@ def show(frame: pd.DataFrame, as_json: bool = False) -> None:
     def cell(value: Any) -> Text:
         if isinstance(value, str):
             return Text(visible(value, inner=False))  # Text, not markup: tokens such as "[/]" stay text
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return Text("–")
         return Text(f"{value:.4g}" if isinstance(value, float) else str(value))
 
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -118,6 +118,18 @@ def test_tables_keep_brackets_and_control_characters_as_text(capsys: pytest.Capt
     assert "0.1235" in out
 
 
+def test_tables_show_what_is_missing_as_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas as pd
+
+    from interp.cli import show
+
+    show(pd.DataFrame({"low": [float("nan"), 0.5], "known": pd.array([pd.NA, True], dtype="boolean")}))
+    out = capsys.readouterr().out
+    assert out.count("–") == 2
+    assert "nan" not in out.lower()
+    assert "<NA>" not in out
+
+
 def test_resources_list_names_the_embedded_model() -> None:
     assert "smollm2-135m-instruct" in run("resources", "list").stdout
 
