@@ -16,7 +16,7 @@ from interp.results import Result
 from interp.sinks import Scan
 from interp.sinks import eviction as evictions
 from interp.sinks import residual_peaks as peaks
-from interp.sinks.intervals import bootstrap_mean
+from interp.intervals import bootstrap_mean
 
 GUO = "Guo et al. 2024, arXiv 2410.13835"
 XIAO = "Xiao et al. 2023, arXiv 2309.17453"

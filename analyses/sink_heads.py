@@ -33,7 +33,7 @@ from interp.sinks import Scan, ablate, classify, compare, evict, plots, read_dom
 from interp.sinks import eviction as evictions
 from interp.sinks import residual_peaks as peaks
 from interp.sinks.encoded_texts import digests
-from interp.sinks.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
+from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 from interp.sinks.sequences import domain_sequences, sequences
 
 DOMAINS = ("code", "editorials", "movie-reviews", "product-reviews", "tweets", "numbers", "json")

@@ -19,7 +19,7 @@ _hook = install_import_hook(
         *(
             "interp.sources",
             "interp.neurons",
-            "interp.sinks.fused_attention",
+            "interp.recorded_attention",
             "interp.sinks.measures",
             "interp.sinks.losses",
         ),

@@ -26,7 +26,7 @@ from interp.results import Result
 from interp.sinks.bigram_backcopy import BigramBackcopy
 from interp.sinks.bigram_dynamics import GROUPS, position_groups, risks
 from interp.sinks.bigram_model import ToyModel
-from interp.sinks.intervals import bootstrap_mean
+from interp.intervals import bootstrap_mean
 
 INTERVENTION_COLUMNS = (
     Column("intervention", "category", "", "parts whose output is left out; none = the model as it is"),

@@ -1,7 +1,7 @@
 """Do heads attend to the sink more on one domain than on another? Every pair of domains, every head.
 
 1. Per head and domain, one number per text (by default m_0, the attention on key 0); the difference of the means.
-2. Its bootstrap interval over texts, and a permutation test of the texts' domain labels (`interp.sinks.intervals`).
+2. Its bootstrap interval over texts, and a permutation test of the texts' domain labels (`interp.intervals`).
 3. False discoveries are controlled over all heads and all pairs together (Benjamini–Hochberg), and the second interval is
    widened to match (`low_fcr`, `high_fcr`; Benjamini–Yekutieli 2005): among the heads that pass, at most a share alpha of these
    intervals misses.
@@ -21,7 +21,7 @@ import pandas as pd
 from interp.errors import InputError
 from interp.provenance import Provenance
 from interp.results import Column, Result
-from interp.sinks.intervals import bootstrap_difference, false_discovery, permutation_test
+from interp.intervals import bootstrap_difference, false_discovery, permutation_test
 from interp.sinks.scan_table import Scan
 
 _TAIL = 20  # resamples that lie beyond each end of an interval

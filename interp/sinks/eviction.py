@@ -36,8 +36,8 @@ from interp.model import Model
 from interp.provenance import Provenance
 from interp.results import Column, Result
 from interp.sinks.encoded_texts import Texts, digests, encode_domains
-from interp.sinks.fused_attention import check_causal
-from interp.sinks.intervals import bootstrap_mean
+from interp.recorded_attention import check_causal
+from interp.intervals import bootstrap_mean
 from interp.sinks.losses import check_predicts, fitting_tokens, mean_losses
 
 ARMS = ("full", "window", "sinks", "control")

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.sinks.fused_attention import Seen, block_scores, visible
+from interp.recorded_attention import Seen, block_scores, visible
 
 RESIDUAL_MEASURES = ("resid_first", "resid_sinks", "resid_others", "resid_others_max", "median_abs")
 MASSIVE = 3

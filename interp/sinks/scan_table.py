@@ -1,6 +1,6 @@
 """The table of a scan, and what is read off it: means with intervals, sink rates, sink tokens, massive activations.
 
-Rows are per text. Every mean is over texts, with n and a bootstrap interval over texts (`interp.sinks.intervals`); nothing
+Rows are per text. Every mean is over texts, with n and a bootstrap interval over texts (`interp.intervals`); nothing
 here needs the model.
 """
 
@@ -15,7 +15,7 @@ import pandas as pd
 
 from interp.errors import InputError
 from interp.results import Column, Result
-from interp.sinks.intervals import bootstrap_mean
+from interp.intervals import bootstrap_mean
 from interp.sinks.measures import ATTENTION_MEASURES, MASSIVE, RESIDUAL_MEASURES
 
 SCAN_COLUMNS = (

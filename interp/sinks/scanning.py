@@ -3,7 +3,7 @@
 1. Texts of all domains pass through the model once (`interp.capture`); the LM head does not run.
 2. As the residual stream enters a layer, tokens whose norm exceeds `peak` times the text's median join the text's sink set
    (`interp.sinks.measures`): sinks are where the peaks are, not only at position 0.
-3. The layer's attention is recorded (`interp.sinks.fused_attention`) and reduced at once to a few numbers per text and head.
+3. The layer's attention is recorded (`interp.recorded_attention`) and reduced at once to a few numbers per text and head.
 4. Rows are kept per text, so that intervals, tests and scatters of any kind can be made later without the model: `Scan`.
 
 Masses depend on the text's length: compare domains at one length (`length`, `interp.sinks.domain_sequences`).
@@ -29,7 +29,7 @@ from interp.model import Model
 from interp.provenance import Provenance
 from interp.shards import ShardedRun
 from interp.sinks.encoded_texts import Texts, digests, encode_domains
-from interp.sinks.fused_attention import check_causal, recording
+from interp.recorded_attention import check_causal, recording
 from interp.sinks.scan_table import SCAN_COLUMNS, Scan
 from interp.sinks.sink_probe import SinkProbe
 

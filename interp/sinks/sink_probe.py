@@ -17,7 +17,7 @@ from torch import Tensor
 from interp.batching import Batch
 from interp.errors import ModelError
 from interp.model import Model
-from interp.sinks.fused_attention import Seen
+from interp.recorded_attention import Seen
 from interp.sinks.measures import (
     ATTENTION_MEASURES,
     MASSIVE,

@@ -56,7 +56,7 @@ def test_measures_by_hand(tiny: Any, family: str) -> None:
     keep = Keep(sites)
     run_probes(model, ids, [keep])
     values: list[Any] = []  # per layer (head, position, d_head), from the attention function's inputs
-    from interp.sinks.fused_attention import recording
+    from interp.recorded_attention import recording
 
     with recording(model, "fused", lambda seen: values.append(seen)), torch.no_grad():
         model.hf(input_ids=torch.tensor(ids))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from interp.errors import InputError
-from interp.sinks.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
+from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 
 
 def test_bootstrap_mean_is_scipys() -> None:

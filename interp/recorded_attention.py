@@ -92,14 +92,14 @@ def recording(
     _register()
     token = _recorder.set(recorder)
     try:
-        with model.attention_implementation(f"interp-sinks-{engine}"):
+        with model.attention_implementation(f"interp-recorded-{engine}"):
             yield
     finally:
         _recorder.reset(token)
 
 
 def check_causal(model: Model, layers: Iterable[int] | None = None) -> None:
-    """Refuses what sinks are not defined for here, by name.
+    """Refuses what is not recorded, by name.
 
     Args:
         model: any.
@@ -113,8 +113,8 @@ def check_causal(model: Model, layers: Iterable[int] | None = None) -> None:
     both = getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))
     if not model.arch.family.decoder or both:
         raise InputError(
-            f"{model.name} ({model.arch.family.name}) is an encoder, or attends in both directions; sinks are measured on causal "
-            f"language models"
+            f"{model.name} ({model.arch.family.name}) is an encoder, or attends in both directions; attention is recorded on "
+            f"causal language models only"
         )
     kinds = getattr(config, "layer_types", None) or []
     wanted = set(range(len(kinds)) if layers is None else layers)
@@ -127,7 +127,7 @@ def check_causal(model: Model, layers: Iterable[int] | None = None) -> None:
         named = ", ".join(f"layer {layer}: {kind}" for layer, kind in list(other.items())[:8])
         raise ModelError(
             f"{model.name} has layers without plain softmax attention ({named}{' …' if len(other) > 8 else ''}); "
-            f"sinks are measured where attention is full or a sliding window"
+            f"attention is recorded where it is full or a sliding window"
         )
 
 
@@ -245,10 +245,10 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-    AttentionInterface.register("interp-sinks-fused", _fused)
-    AttentionInterface.register("interp-sinks-eager", _eager)
-    AttentionMaskInterface.register("interp-sinks-fused", lambda *_, **__: None)
-    AttentionMaskInterface.register("interp-sinks-eager", eager_mask)
+    AttentionInterface.register("interp-recorded-fused", _fused)
+    AttentionInterface.register("interp-recorded-eager", _eager)
+    AttentionMaskInterface.register("interp-recorded-fused", lambda *_, **__: None)
+    AttentionMaskInterface.register("interp-recorded-eager", eager_mask)
 
 
 def _fused(
@@ -314,11 +314,11 @@ def _own_eager(module: Any) -> Any:
 def _refuse(module: Any, other: dict[str, Any], mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     """What neither engine can be exact about is refused by name."""
     if getattr(module, "is_causal", True) is False:
-        raise ModelError(f"{type(module).__name__} attends in both directions; sinks are measured on causal attention")
+        raise ModelError(f"{type(module).__name__} attends in both directions; only causal attention is recorded")
     if other.get("position_bias") is not None:
-        raise ModelError(f"{type(module).__name__} adds a position bias to its scores, which sinks cannot follow")
+        raise ModelError(f"{type(module).__name__} adds a position bias to its scores, which cannot be recorded")
     if mask is not None or query.shape[2] != key.shape[2]:
         raise ModelError(
             f"{type(module).__name__} runs with a mask or a cache of its own ({query.shape[2]} queries, {key.shape[2]} keys); "
-            f"sinks are measured on whole texts"
+            f"attention is recorded on whole texts"
         )

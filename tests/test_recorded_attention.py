@@ -13,8 +13,8 @@ from tiny_models import tiny_encoder, tiny_hf
 
 from interp import load_model
 from interp.errors import InputError, ModelError
-from interp.sinks import fused_attention
-from interp.sinks.fused_attention import attention_with_lse, check_causal, recording
+from interp import recorded_attention
+from interp.recorded_attention import attention_with_lse, check_causal, recording
 
 
 def written_out(
@@ -85,7 +85,7 @@ def test_half_precision_gives_float32_lse(dtype: torch.dtype) -> None:
 def test_cuda_kernel_is_called_as_it_wants() -> None:
     """Signature and shapes by torch's own description of the CUDA kernel; its numbers need a GPU."""
     query = torch.empty(2, 8, 45, 64, device="meta", dtype=torch.bfloat16)
-    output, lse = fused_attention._efficient_on_cuda(query, query, query, 0.125)
+    output, lse = recorded_attention._efficient_on_cuda(query, query, query, 0.125)
     assert output.shape == query.shape
     assert output.dtype == torch.bfloat16
     assert lse.shape == (2, 8, 45)
@@ -95,12 +95,12 @@ def test_cuda_kernel_is_called_as_it_wants() -> None:
 @pytest.mark.parametrize(("width", "size", "fits"), [(64, 2, True), (80, 4, True), (3, 4, False), (1024, 2, False)])
 def test_cuda_kernel_is_chosen_where_it_fits(width: int, size: int, fits: bool) -> None:
     query: Any = SimpleNamespace(shape=(1, 2, 5, width), device=torch.device("cuda"), element_size=lambda: size)
-    assert (fused_attention._kernel(query) is fused_attention._efficient_on_cuda) == fits
+    assert (recorded_attention._kernel(query) is recorded_attention._efficient_on_cuda) == fits
 
 
 def test_devices_without_a_kernel_go_block_by_block() -> None:
     meta = torch.empty(1, 4, 9, 8, device="meta")
-    assert fused_attention._kernel(meta) is None
+    assert recorded_attention._kernel(meta) is None
     output, lse = attention_with_lse(meta, meta[:, :2], meta[:, :2], 1.0)
     assert output.shape == meta.shape
     assert lse.shape == (1, 4, 9)
@@ -109,15 +109,15 @@ def test_devices_without_a_kernel_go_block_by_block() -> None:
 def test_blocks_of_a_window_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of b queries sees b + window − 1 keys: that product, and not b · window, has to fit."""
     sizes = []
-    original = fused_attention.block_scores
+    original = recorded_attention.block_scores
 
     def noted(*given: Any) -> Any:
         scores = original(*given)
         sizes.append(scores.numel())
         return scores
 
-    monkeypatch.setattr(fused_attention, "block_scores", noted)
-    monkeypatch.setattr(fused_attention, "_BLOCK_SCORES", 2**12)
+    monkeypatch.setattr(recorded_attention, "block_scores", noted)
+    monkeypatch.setattr(recorded_attention, "_BLOCK_SCORES", 2**12)
     inputs = random_inputs(0, 2, 2, 400, 4, batch=1)
     attention_with_lse(*inputs, 0.5, window=8)
     assert max(sizes) <= 2**12
@@ -198,4 +198,4 @@ def test_attention_is_restored_after_an_error(tiny: Any) -> None:
     with pytest.raises(ZeroDivisionError), recording(model, "eager", lambda seen: 1 // 0), torch.no_grad():
         model.hf(input_ids=torch.tensor([[5, 6]]))
     assert model.attention == "sdpa"
-    assert fused_attention._recorder.get() is None
+    assert recorded_attention._recorder.get() is None

@@ -1,0 +1,120 @@
+"""Checks that every solver shares: capacities, targets, sources and groups of sources.
+
+A *target* is a position at the top of the graph, a *source* a position of the input or a group of them, such as the tokens of
+one word: then what counts is what reaches the group as a whole. Negative positions count from the end.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.errors import InputError
+
+Group = tuple[int, ...]
+Sources = Sequence[int | Sequence[int]] | None
+
+
+def check_capacity(capacity: Any, batched: bool = True) -> tuple[int, int]:
+    """The number of layers and positions of a (…, layer, query, key) tensor.
+
+    Raises:
+        InputError: it is not such a tensor, has no layer or position, or holds NaN, infinite or negative numbers.
+    """
+    if not isinstance(capacity, Tensor) or not capacity.is_floating_point():
+        raise InputError(
+            f"capacities are {type(capacity).__name__}; expected a floating-point tensor (layer, query, key)"
+        )
+    if capacity.ndim < 3 or (capacity.ndim > 3 and not batched) or capacity.shape[-1] != capacity.shape[-2]:
+        raise InputError(
+            f"capacities have shape {tuple(capacity.shape)}; expected (…, layer, query, key) with queries = keys"
+        )
+    n_layers, length = capacity.shape[-3], capacity.shape[-1]
+    if n_layers == 0 or length == 0:
+        raise InputError(f"capacities have {n_layers} layers and {length} positions; expected at least one of each")
+    values = capacity.detach()
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        bad = (~torch.isfinite(values) | (values < 0)).nonzero()[0].tolist()
+        raise InputError(
+            f"the capacity at {bad} is {values[tuple(bad)].item()}; expected a finite number of at least 0"
+        )
+    return n_layers, length
+
+
+def check_targets(targets: Any, length: int) -> list[int]:
+    """Targets as positions from 0; all of them for `None`.
+
+    Raises:
+        InputError: none, not whole numbers, or out of range.
+    """
+    if targets is None:
+        return list(range(length))
+    listed = _listed(targets, "targets")
+    return [check_position(target, length, "target") for target in listed]
+
+
+def check_sources(sources: Any, length: int) -> list[Group]:
+    """Sources as groups of positions from 0; every position by itself for `None`.
+
+    Raises:
+        InputError: none, an empty group, a position twice in a group, not whole numbers, or out of range.
+    """
+    if sources is None:
+        return [(position,) for position in range(length)]
+    groups = []
+    for source in _listed(sources, "sources"):
+        members = [source] if _is_whole(source) else _listed(source, "a group of sources")
+        group = tuple(check_position(member, length, "source") for member in members)
+        if len(set(group)) < len(group):
+            raise InputError(f"the group of sources {tuple(members)} names a position twice; name each once")
+        groups.append(group)
+    return groups
+
+
+def check_position(position: Any, length: int, what: str) -> int:
+    """One position from 0; negative ones count from the end."""
+    if not _is_whole(position):
+        raise InputError(f"{what} {position!r} is not a position; expected a whole number")
+    at = operator.index(position)
+    if not -length <= at < length:
+        raise InputError(
+            f"{what} {at} is out of range; the text has {length} tokens: expected {-length} … {length - 1}"
+        )
+    return at % length
+
+
+def is_causal(capacity: Tensor) -> bool:
+    """Whether no query has capacity to a key behind it."""
+    length = capacity.shape[-1]
+    if length == 1:
+        return True
+    behind = torch.ones(length, length, dtype=torch.bool, device=capacity.device).triu(1)
+    return not bool((capacity.detach()[..., behind] != 0).any())
+
+
+def membership(groups: Sequence[Group], length: int, like: Tensor) -> Float[Tensor, "source position"]:
+    """1 where a position belongs to a source."""
+    member = torch.zeros(len(groups), length, dtype=like.dtype, device=like.device)
+    for row, group in enumerate(groups):
+        member[row, list(group)] = 1
+    return member
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+    if _is_whole(values):
+        return [values]
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise InputError(f"{what} is {values!r}; expected positions, such as [-1]")
+    listed = values.tolist() if isinstance(values, Tensor) else list(values)
+    if not listed:
+        raise InputError(f"{what} is empty; expected at least one position")
+    return listed
