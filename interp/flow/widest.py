@@ -78,17 +78,13 @@ class _MaxMin(torch.autograd.Function):
         step = _block(below.shape[0], width.shape[1], below.shape[-1])
         for start in range(0, below.shape[1], step):
             narrow = torch.minimum(width[:, :, start : start + step, None], below[:, None, start : start + step])
-            if needs:
-                values, within = narrow.max(2)
-                at = within + start
-            else:
-                values = narrow.amax(2)
+            values, within = narrow.max(2) if needs else (narrow.amax(2), None)
             if best is None:
-                best, where = values, at
-            else:
-                if needs:
-                    where = torch.where(values > best, at, where)
-                best = torch.maximum(best, values)
+                best, where = values, within
+                continue
+            if needs:
+                where = torch.where(values > best, within + start, where)
+            best = torch.maximum(best, values)
         if needs:
             ctx.save_for_backward(width, below, where)
         return best
