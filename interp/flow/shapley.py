@@ -46,6 +46,7 @@ def flow_through_tokens(capacity: Float[Tensor, "layer query key"], target: int 
         InputError: see `interp.flow.exact.maximum_flow`.
 
     Example:
+        >>> import torch
         >>> flow_through_tokens(torch.tensor([[[1.0, 0.0], [0.25, 0.75]]])).tolist()
         [0.25, 0.75]
     """
@@ -69,6 +70,7 @@ def shapley_interval(
         InputError: see `interp.flow.exact.maximum_flow`.
 
     Example:
+        >>> import torch
         >>> low, high = shapley_interval(torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]))
         >>> low.tolist(), high.tolist()
         ([0.25, 0.75], [0.25, 0.75])

@@ -74,6 +74,7 @@ class _MaxMin(torch.autograd.Function):
     def forward(ctx: Any, width: Tensor, below: Tensor) -> Tensor:
         best: Any = None
         where: Any = None
+        within: Any
         needs = any(ctx.needs_input_grad)
         step = _block(below.shape[0], width.shape[1], below.shape[-1])
         for start in range(0, below.shape[1], step):
