@@ -10,13 +10,13 @@ import math
 import numpy as np
 import pandas as pd
 
+from interp.intervals import bootstrap_mean
 from interp.neurons.atlas import wilson
 from interp.report.claims import Claim
 from interp.results import Result
 from interp.sinks import Scan
 from interp.sinks import eviction as evictions
 from interp.sinks import residual_peaks as peaks
-from interp.intervals import bootstrap_mean
 
 GUO = "Guo et al. 2024, arXiv 2410.13835"
 XIAO = "Xiao et al. 2023, arXiv 2309.17453"

@@ -25,6 +25,7 @@ import typer
 from analyses import sink_claims
 from interp import load_model
 from interp.cli import show
+from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 from interp.report import Section, write_report
 from interp.report.claims import claims_frame, write_claims
 from interp.results import Result
@@ -33,7 +34,6 @@ from interp.sinks import Scan, ablate, classify, compare, evict, plots, read_dom
 from interp.sinks import eviction as evictions
 from interp.sinks import residual_peaks as peaks
 from interp.sinks.encoded_texts import digests
-from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 from interp.sinks.sequences import domain_sequences, sequences
 
 DOMAINS = ("code", "editorials", "movie-reviews", "product-reviews", "tweets", "numbers", "json")

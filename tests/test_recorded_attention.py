@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_encoder, tiny_hf
 
-from interp import load_model
+from interp import load_model, recorded_attention
 from interp.errors import InputError, ModelError
-from interp import recorded_attention
 from interp.recorded_attention import attention_with_lse, check_causal, recording
 
 

@@ -29,14 +29,14 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InputError
+from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 from interp.model import Model
 from interp.provenance import Provenance
+from interp.recorded_attention import check_causal
 from interp.results import Column, Result
 from interp.shards import ShardedRun
 from interp.sinks.ablated_runs import MODES, Head, ablated_losses, plain_losses
 from interp.sinks.encoded_texts import Texts, digests, encode_domains
-from interp.recorded_attention import check_causal
-from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
 from interp.sinks.losses import check_predicts, fitting_tokens
 
 ARMS = ("head", "random")

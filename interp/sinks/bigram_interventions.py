@@ -21,12 +21,12 @@ from torch import Tensor
 
 from interp.columns import Column
 from interp.errors import InputError
+from interp.intervals import bootstrap_mean
 from interp.provenance import Provenance
 from interp.results import Result
 from interp.sinks.bigram_backcopy import BigramBackcopy
 from interp.sinks.bigram_dynamics import GROUPS, position_groups, risks
 from interp.sinks.bigram_model import ToyModel
-from interp.intervals import bootstrap_mean
 
 INTERVENTION_COLUMNS = (
     Column("intervention", "category", "", "parts whose output is left out; none = the model as it is"),

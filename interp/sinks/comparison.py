@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InputError
+from interp.intervals import bootstrap_difference, false_discovery, permutation_test
 from interp.provenance import Provenance
 from interp.results import Column, Result
-from interp.intervals import bootstrap_difference, false_discovery, permutation_test
 from interp.sinks.scan_table import Scan
 
 _TAIL = 20  # resamples that lie beyond each end of an interval

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from interp.batching import Batch, check_memory, for_each_batch, token_batches
 from interp.errors import InputError, ModelError
+from interp.intervals import bootstrap_mean
 from interp.model import Model
 from interp.provenance import Provenance
+from interp.recorded_attention import check_causal
 from interp.results import Column, Result
 from interp.sinks.encoded_texts import Texts, digests, encode_domains
-from interp.recorded_attention import check_causal
-from interp.intervals import bootstrap_mean
 from interp.sinks.losses import check_predicts, fitting_tokens, mean_losses
 
 ARMS = ("full", "window", "sinks", "control")

@@ -37,12 +37,12 @@ from tqdm.auto import tqdm
 from interp.batching import Batch
 from interp.capture import run_probes
 from interp.errors import InputError
+from interp.intervals import bootstrap_mean
 from interp.model import Model
 from interp.provenance import Provenance
+from interp.recorded_attention import check_causal
 from interp.results import Column, Result
 from interp.sinks.encoded_texts import Texts, digests, encode_domains
-from interp.recorded_attention import check_causal
-from interp.intervals import bootstrap_mean
 
 BLOCKS = {"attention": "attn_out", "mlp": "mlp_out"}
 PEAK_COLUMNS = (

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InputError
-from interp.results import Column, Result
 from interp.intervals import bootstrap_mean
+from interp.results import Column, Result
 from interp.sinks.measures import ATTENTION_MEASURES, MASSIVE, RESIDUAL_MEASURES
 
 SCAN_COLUMNS = (

@@ -27,9 +27,9 @@ from interp.capture import run_probes
 from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
+from interp.recorded_attention import check_causal, recording
 from interp.shards import ShardedRun
 from interp.sinks.encoded_texts import Texts, digests, encode_domains
-from interp.recorded_attention import check_causal, recording
 from interp.sinks.scan_table import SCAN_COLUMNS, Scan
 from interp.sinks.sink_probe import SinkProbe
 
