@@ -209,8 +209,7 @@ def document_start(model: Any) -> Any:
     tokenizer = model.tokenizer
     if len(tokenizer("a")["input_ids"]) > len(tokenizer("a", add_special_tokens=False)["input_ids"]):
         return "auto"
-    known = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    return "<|endoftext|>" if known is not None and known != tokenizer.unk_token_id else True
+    return "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else True  # SmolLM2's unknown token too
 
 
 def token_name(model: Any, start: Any) -> str:
