@@ -1,0 +1,194 @@
+"""What the papers on attention flow claim, beside what `analyses.attention_flow` measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analyses.flow_faithfulness import means, paired
+from analyses.flow_lengths import length_means
+from interp.report.claims import Claim
+from interp.results import Result
+
+ABNAR = "Abnar & Zuidema 2020, arXiv 2005.00928"
+VICO = "Yang & Wang 2024 (Vico), arXiv 2407.06182"
+OURS = "ours"
+STAND_IN = 0.8  # Kendall's τ from which a ranking may stand in for another
+DEPTH = {"blank-out": "blank-out", "gradient": "input gradients"}
+
+
+def faithfulness_claims(result: Result, depth: int) -> list[Claim]:
+    """Rank correlation with blank-out and with gradients on the graph of `depth` layers.
+
+    Args:
+        result: what `analyses.flow_faithfulness.faithfulness` gave.
+        depth: layers of the graph.
+    """
+    table = means(result).set_index(["graph", "n_layers", "method", "correction", "reference"])
+
+    def shown(method: str, reference: str = "blank-out", correction: str = "none") -> str:
+        key = ("", 0) if method in ("position", "ceiling") else ("mean", depth)
+        row = table.loc[(*key, method, correction, reference)]
+        return f"{row['mean']:.2f} ± {row['sd']:.2f}"
+
+    def versus(
+        first: str, second: str, reference: str = "blank-out", corrections: tuple[str, str] = ("none", "none")
+    ) -> Any:
+        chosen = []
+        for method, correction in zip((first, second), corrections, strict=True):
+            alone = method in ("position", "ceiling")
+            chosen.append(
+                {
+                    "graph": "" if alone else "mean",
+                    "n_layers": 0 if alone else depth,
+                    "method": method,
+                    "correction": correction,
+                    "reference": reference,
+                }
+            )
+        return paired(result, *chosen)
+
+    found = []
+
+    def add(claim: str, source: str, paper: str | None, ours: str, difference: dict[str, float]) -> None:
+        ends = (difference["low"], difference["high"])
+        known = difference["n"] > 1 and all(end == end for end in ends)
+        found.append(
+            Claim(
+                claim,
+                source,
+                paper,
+                f"{ours}; interval: the difference, {difference['difference']:+.2f}",
+                ends if known else None,
+                int(difference["n"]),
+                bool(ends[0] > 0) if known else None,
+            )
+        )
+
+    add(
+        "rollout ranks tokens by blank-out better than raw attention does (Spearman, all layers)",
+        ABNAR,
+        "subject–verb, layer 6: rollout .71 ± .24, raw .29 ± .39; layer 3: .51, −.11",
+        f"rollout {shown('rollout')}, raw {shown('raw')}",
+        versus("rollout", "raw"),
+    )
+    add(
+        "attention flow ranks tokens by blank-out better than raw attention does (Spearman, all layers)",
+        ABNAR,
+        "subject–verb, layer 6: flow .70 ± .22, raw .29 ± .39; layer 3: .70, −.11",
+        f"exact flow {shown('exact')}, raw {shown('raw')}",
+        versus("exact", "raw"),
+    )
+    add(
+        "attention flow ranks tokens by input gradients better than raw attention does",
+        ABNAR,
+        "DistilBERT on SST-2, last layer: raw .09, rollout .13, flow .14",
+        f"exact flow {shown('exact', 'gradient')}, rollout {shown('rollout', 'gradient')}, raw {shown('raw', 'gradient')}",
+        versus("exact", "raw", "gradient"),
+    )
+    add(
+        "exact flow beats the trivial bound (blank-out)",
+        OURS,
+        None,
+        f"exact {shown('exact')}, bound {shown('bound')}",
+        versus("exact", "bound"),
+    )
+    add(
+        "exact flow is worth its cost over rollout (blank-out)",
+        OURS,
+        None,
+        f"exact {shown('exact')}, rollout {shown('rollout')}",
+        versus("exact", "rollout"),
+    )
+    add(
+        "dividing by uniform attention's flow mends the bias towards early tokens (blank-out)",
+        ABNAR,
+        "“normalise by the receptive field”, no figure",
+        f"exact {shown('exact')}; against uniform {shown('exact', correction='uniform')}; without the sink "
+        f"{shown('exact', correction='drop_sink')}",
+        versus("exact", "exact", corrections=("uniform", "none")),
+    )
+    add(
+        "corrected exact flow says more than a token's position (blank-out)",
+        OURS,
+        None,
+        f"against uniform {shown('exact', correction='uniform')}, position {shown('position')}; ceiling (blank-out by "
+        f"another token) {shown('ceiling')}",
+        versus("exact", "position", corrections=("uniform", "none")),
+    )
+    return found
+
+
+def length_claims(result: Result) -> list[Claim]:
+    """The widest path, rollout and the layer bound against the exact flow.
+
+    Args:
+        result: what `analyses.flow_lengths.against_exact` gave.
+    """
+    table = length_means(result).set_index(["attention", "method", "n_tokens"]).sort_index()
+    lengths = sorted(result.frame["n_tokens"].unique())
+    short, middle, long = lengths[0], lengths[len(lengths) // 2], lengths[-1]
+
+    def row(method: str, length: int, attention: str = "model") -> pd.Series:
+        return table.loc[(attention, method, length)]
+
+    def series(method: str, name: str, attention: str = "model") -> str:
+        return ", ".join(f"{row(method, length, attention)[name]:.2f} at {length}" for length in lengths)
+
+    def ends(values: pd.Series, name: str) -> tuple[float, float] | None:
+        pair = (float(values[f"{name} low"]), float(values[f"{name} high"]))
+        return pair if all(end == end for end in pair) else None
+
+    found = []
+    for method, paper in (
+        (
+            "widest",
+            "assumed by Vico, which reports no accuracy; random attention .3 – .6, SmolLM2 at 27 tokens −.15 (specification)",
+        ),
+        ("rollout", "random attention .83 – .90, SmolLM2 .85 (specification)"),
+    ):
+        at = row(method, middle)
+        interval = ends(at, "kendall")
+        name = "the widest path" if method == "widest" else "rollout"
+        found.append(
+            Claim(
+                f"{name} ranks tokens as the exact flow does (Kendall's τ at least {STAND_IN})",
+                VICO if method == "widest" else OURS,
+                paper,
+                f"τ {series(method, 'kendall')} tokens; random attention {series(method, 'kendall', 'random')}; interval: at "
+                f"{middle} tokens",
+                interval,
+                int(at["n"]),
+                None if interval is None else bool(interval[0] >= STAND_IN),
+            )
+        )
+    first, last = row("widest", short), row("widest", long)
+    interval = ends(last, "ratio")
+    found.append(
+        Claim(
+            "the widest path's share of the exact flow falls with length",
+            OURS,
+            "random attention: .38 at 16 tokens, .14 at 128 (specification)",
+            f"{series('widest', 'ratio')} tokens; random attention {series('widest', 'ratio', 'random')}; interval: at {long} "
+            "tokens",
+            interval,
+            int(last["n"]),
+            None if interval is None else bool(interval[1] < first["ratio low"]),
+        )
+    )
+    at = row("layer_bound", long)
+    interval = ends(at, "equal")
+    found.append(
+        Claim(
+            "the maximum flow is what its narrowest layer lets through (equal to 1e-6 for at least 99 % of tokens)",
+            OURS,
+            None,
+            f"{series('layer_bound', 'equal')} tokens; random attention {series('layer_bound', 'equal', 'random')}; the trivial "
+            f"bound {series('bound', 'equal')}; interval: at {long} tokens",
+            interval,
+            int(at["n"]),
+            None if interval is None else bool(interval[0] >= 0.99),
+        )
+    )
+    return found
