@@ -15,15 +15,16 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from interp.batching import Batch, for_each_batch, token_batches
 from interp.capture import run_probes
@@ -220,25 +221,30 @@ def faithfulness(
     start = time.perf_counter()
     references = {"blank-out": blank_out(model, texts, NEUTRAL[0], progress), "gradient": gradient_norms(model, texts)}
     other = blank_out(model, texts[:n_ceiling], NEUTRAL[1], progress)
-    rows: list[dict[str, Any]] = []
-
-    def add(text: int, score: np.ndarray, **about: Any) -> None:
-        for name, values in references.items():
-            rows.append(
-                {"text": text, "n_tokens": len(score), **about, "reference": name, **correlations(score, values[text])}
-            )
-
+    found: list[list[tuple[dict[str, Any], np.ndarray]]] = []
     for text, tokens in enumerate(texts):
-        add(text, np.arange(len(tokens) - 2.0), graph="", n_layers=0, method="position", correction="none")
+        alone: dict[str, Any] = {"graph": "", "n_layers": 0, "correction": "none"}
+        found.append([({**alone, "method": "position"}, np.arange(len(tokens) - 2.0))])
         if text < len(other):
-            add(text, other[text], graph="", n_layers=0, method="ceiling", correction="none")
+            found[-1].append(({**alone, "method": "ceiling"}, other[text]))
     for name in graphs:
         options = {"capacity": "contribution"} if name == "contribution" else {"heads": name}
-        for text, graph in enumerate(attention_graph(model, [list(ids[:-1]) for ids in texts], **options)):
+        made = attention_graph(model, [list(ids[:-1]) for ids in texts], **options)
+        for text, graph in enumerate(tqdm(made, desc=name, disable=not progress, leave=False)):
             for depth in depths if name == "mean" else [max(depths)]:
                 for correction in corrections:
+                    about = {"graph": name, "n_layers": depth, "correction": correction}
                     for method, score in scores(graph.below(depth), correction).items():
-                        add(text, score[1:], graph=name, n_layers=depth, method=method, correction=correction)
+                        found[text].append(({**about, "method": method}, score[1:]))
+    rows: list[dict[str, Any]] = []
+    for text, given in enumerate(found):
+        spearman, kendall = rank_correlations(
+            np.stack([score for _, score in given]), np.stack([values[text] for values in references.values()])
+        )
+        for at, (about, score) in enumerate(given):
+            for column, reference in enumerate(references):
+                correlated = {"spearman": spearman[at, column], "kendall": kendall[at, column]}
+                rows.append({"text": text, "n_tokens": len(score), **about, "reference": reference, **correlated})
     parameters = {
         "depths": list(depths),
         "graphs": list(graphs),
@@ -253,27 +259,48 @@ def faithfulness(
 
 def scores(graph: AttentionGraph, correction: str = "none") -> dict[str, np.ndarray]:
     """{method: (position) score at the last position}; raw attention first."""
-    raw = graph.attention[-1, -1]
-    if correction == "uniform":
-        raw = raw / graph.uniform().attention[-1, -1]
-    elif correction == "drop_sink":
-        raw = graph.without([0]).attention[-1, -1]
+    if correction == "uniform":  # what `influence` does, with the denominators kept
+        plain, expected = scores(graph), _uniform_scores(graph.n_layers, len(graph), graph.causal, graph.residual)
+        return {
+            name: np.divide(score, expected[name], out=np.full(len(score), np.nan), where=expected[name] > 0)
+            for name, score in plain.items()
+        }
+    raw = graph.without([0]).attention[-1, -1] if correction == "drop_sink" else graph.attention[-1, -1]
     found = {"raw": raw.double().numpy()}
     for method in METHODS:
         found[method] = influence(graph, [-1], method=method, correction=correction)[0].double().numpy()
     return found
 
 
-def correlations(score: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Spearman and Kendall; NaN where one of them is constant.
+@cache
+def _uniform_scores(n_layers: int, length: int, causal: bool, residual: str) -> dict[str, np.ndarray]:
+    pattern = torch.ones(n_layers, length, length)
+    pattern = pattern.tril() if causal else pattern
+    return scores(attention_graph(pattern / pattern.sum(-1, keepdim=True), residual=residual))
+
+
+def rank_correlations(scores: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman's ρ and Kendall's τ-b of many scores with some references, ties included.
+
+    Args:
+        scores: (score, token).
+        references: (reference, token).
+
+    Returns:
+        Two (score, reference) arrays; NaN where one of both is constant or has a NaN.
 
     Example:
-        >>> correlations(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.5, 0.7]))
-        {'spearman': 1.0, 'kendall': 1.0}
+        >>> rank_correlations(np.array([[1.0, 2.0, 3.0]]), np.array([[0.1, 0.5, 0.7], [3.0, 2.0, 1.0]]))[1].tolist()
+        [[1.0, -1.0]]
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns where a score is constant
-        return {"spearman": float(spearmanr(score, reference)[0]), "kendall": float(kendalltau(score, reference)[0])}
+    first, second = (rankdata(values, axis=1, nan_policy="propagate") for values in (scores, references))
+    first, second = (values - values.mean(1, keepdims=True) for values in (first, second))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spearman = first @ second.T / np.sqrt(np.outer((first**2).sum(1), (second**2).sum(1)))
+        # Signs of all differences; a tie is 0, and the sums of squares count what is not tied.
+        pairs = [np.sign(values[:, :, None] - values[:, None]).reshape(len(values), -1) for values in (first, second)]
+        kendall = pairs[0] @ pairs[1].T / np.sqrt(np.outer((pairs[0] ** 2).sum(1), (pairs[1] ** 2).sum(1)))
+    return spearman, kendall
 
 
 def digest(texts: Sequence[Sequence[int]]) -> str:

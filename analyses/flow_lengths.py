@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.flow_faithfulness import correlations, digest
+from analyses.flow_faithfulness import digest, rank_correlations
 from interp.flow import attention_graph, influence
 from interp.flow.graph import AttentionGraph
 from interp.flow.widest import soft_widest_path
@@ -114,7 +114,7 @@ def _compared(graph: AttentionGraph) -> list[dict[str, Any]]:
             "n_tokens": len(graph),
             "method": name,
             "ratio": float((values / exact).mean()),
-            "kendall": correlations(values, exact)["kendall"],
+            "kendall": float(rank_correlations(values[None], exact[None])[1][0, 0]),
             "equal": float((np.abs(values - exact) <= EQUAL).mean()),
             "seconds": seconds[name],
         }

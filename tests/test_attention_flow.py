@@ -14,7 +14,8 @@ from scipy.stats import kendalltau, spearmanr
 
 from analyses import attention_flow, flow_claims, flow_faithfulness, flow_figures, flow_lengths
 from interp.errors import InputError
-from interp.flow import attention_graph, maximum_flow
+from interp.flow import attention_graph, influence, maximum_flow
+from interp.flow.influences import CORRECTIONS, METHODS
 from interp.provenance import Provenance
 from interp.results import Result, load_result
 
@@ -79,10 +80,29 @@ def test_faithfulness_correlates_each_score_with_each_reference(tiny: Any) -> No
     assert set(frame["graph"]) == {"", "mean", "norm", "contribution"}
 
 
-def test_constant_scores_are_no_correlation() -> None:
-    found = flow_faithfulness.correlations(np.ones(4), np.arange(4.0))
-    assert np.isnan(found["spearman"])
-    assert np.isnan(found["kendall"])
+def test_rank_correlations_are_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for length in (2, 3, 9, 27):
+        scores = np.round(rng.normal(size=(6, length)), 1 if length > 3 else 6)  # with ties
+        references = np.round(rng.normal(size=(2, length)), 1 if length > 3 else 6)
+        spearman, kendall = flow_faithfulness.rank_correlations(scores, references)
+        for at, column in np.ndindex(6, 2):
+            assert spearman[at, column] == pytest.approx(spearmanr(scores[at], references[column])[0])
+            assert kendall[at, column] == pytest.approx(kendalltau(scores[at], references[column])[0])
+    scores[0], scores[1, 0] = 1.0, np.nan
+    spearman, kendall = flow_faithfulness.rank_correlations(scores, references)
+    assert np.isnan(spearman[:2]).all()
+    assert np.isnan(kendall[:2]).all()
+    assert np.isfinite(spearman[2:]).all()
+
+
+def test_scores_against_uniform_attention_are_those_of_influence(tiny: Any) -> None:
+    graph = attention_graph(tiny(), TEXTS[1])
+    for correction in CORRECTIONS:
+        found = flow_faithfulness.scores(graph, correction)
+        for method in METHODS:
+            expected = influence(graph, [-1], method=method, correction=correction)[0].numpy()
+            assert found[method] == pytest.approx(expected, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.slow
