@@ -88,6 +88,7 @@ def run(
         score_table(by_score, max(depths), "blank-out"),
         flow_figures.by_depth(by_score, "none", "blank-out"),
         flow_figures.by_depth(by_score, "uniform", "blank-out"),
+        partial_table(means(made, "partial"), means(made, "with_position"), max(depths)),
         score_table(by_score, max(depths), "gradient"),
         flow_figures.by_depth(by_score, "none", "gradient"),
         flow_figures.by_graph(by_score, "blank-out"),
@@ -126,12 +127,18 @@ def depths_of(n_layers: int) -> list[int]:
 
 
 def answers(claims: Sequence[Claim]) -> pd.DataFrame:
-    """The two questions of this section, answered by the claims on them."""
+    """The questions of this section, answered by the claims on them."""
+    over_rollout, over_bound = "exact flow is worth its cost over rollout", "exact flow beats the trivial bound"
+    narrowest = "exact flow beats the bound by its narrowest layer"
+    plain, divided = "(blank-out, as it is", "(blank-out, against"
     asked = {
-        "is the widest path a usable stand-in for the maximum flow?": ("the widest path ranks",),
-        "is exact flow worth its cost over rollout?": ("exact flow is worth",),
-        "is exact flow worth its cost over the trivial bound?": ("exact flow beats",),
-        "is there anything in it beyond a narrowest layer?": ("the maximum flow is what",),
+        "is the widest path a usable stand-in for the maximum flow?": "the widest path ranks",
+        "is exact flow worth its cost over rollout?": f"{over_rollout} {plain}",
+        "is it, once both are divided by what uniform attention gives?": f"{over_rollout} {divided}",
+        "is exact flow worth its cost over the trivial bound?": f"{over_bound} {plain}",
+        "is it worth it over that bound, divided likewise?": f"{over_bound} {divided}",
+        "is it worth it over the bound by its narrowest layer, divided likewise?": f"{narrowest} {divided}",
+        "is there anything in the flow beyond its narrowest layer?": "the maximum flow is what",
     }
     rows = []
     for question, begins in asked.items():
@@ -150,9 +157,7 @@ def score_table(table: pd.DataFrame, depth: int, reference: str) -> pd.DataFrame
     rows = table[
         (table["reference"] == reference) & (table["n_layers"].isin([0, depth])) & table["graph"].isin(["", "mean"])
     ]
-    cells = rows.assign(
-        cell=[f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in rows.to_dict("records")]
-    )
+    cells = rows.assign(cell=[_interval(row) for row in rows.to_dict("records")])
     wide = cells.pivot(index="method", columns="correction", values="cell")
     names = list(dict.fromkeys(rows["method"]))
     order = sorted(
@@ -164,6 +169,32 @@ def score_table(table: pd.DataFrame, depth: int, reference: str) -> pd.DataFrame
     return (
         wide.reset_index().rename(columns={"method": f"score (Spearman with {reference})"}).assign(n=counts.to_numpy())
     )
+
+
+def partial_table(partial: pd.DataFrame, follows: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """What each score says beyond position, and how it follows position itself; blank-out, all layers."""
+    keys = ["graph", "method", "correction"]
+    chosen = [
+        rows[(rows["reference"] == "blank-out") & (rows["n_layers"] == depth)].set_index(keys)
+        for rows in (partial, follows)
+    ]
+    rows = [
+        {
+            "graph": key[0],
+            "score": key[1],
+            "correction": flow_figures.CORRECTED[key[2]],
+            "Spearman with blank-out, position held constant": _interval(row),
+            "Spearman with position": _interval(chosen[1].loc[key].to_dict()),
+            "n": row["n"],
+        }
+        for key, row in chosen[0].to_dict("index").items()
+        if key[2] != "drop_sink"
+    ]
+    return pd.DataFrame(rows)
+
+
+def _interval(row: dict[Any, Any]) -> str:
+    return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def stand_in_table(table: pd.DataFrame) -> pd.DataFrame:

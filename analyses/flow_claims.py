@@ -15,7 +15,7 @@ ABNAR = "Abnar & Zuidema 2020, arXiv 2005.00928"
 VICO = "Yang & Wang 2024 (Vico), arXiv 2407.06182"
 OURS = "ours"
 STAND_IN = 0.8  # Kendall's τ from which a ranking may stand in for another
-DEPTH = {"blank-out": "blank-out", "gradient": "input gradients"}
+MARGIN = 0.05  # of Spearman's ρ, from which one score is worth another's cost
 
 
 def faithfulness_claims(result: Result, depth: int) -> list[Claim]:
@@ -49,9 +49,12 @@ def faithfulness_claims(result: Result, depth: int) -> list[Claim]:
             )
         return paired(result, *chosen)
 
+    flow_names = {"bound": "bound", "layer_bound": "layer bound", "rollout": "rollout"}
     found = []
 
-    def add(claim: str, source: str, paper: str | None, ours: str, difference: dict[str, float]) -> None:
+    def add(
+        claim: str, source: str, paper: str | None, ours: str, difference: dict[str, float], margin: float = 0.0
+    ) -> None:
         ends = (difference["low"], difference["high"])
         known = difference["n"] > 1 and all(end == end for end in ends)
         found.append(
@@ -62,7 +65,7 @@ def faithfulness_claims(result: Result, depth: int) -> list[Claim]:
                 f"{ours}; interval: the difference, {difference['difference']:+.2f}",
                 ends if known else None,
                 int(difference["n"]),
-                bool(ends[0] > 0) if known else None,
+                bool(ends[0] > 0 and difference["difference"] >= margin) if known else None,
             )
         )
 
@@ -87,20 +90,20 @@ def faithfulness_claims(result: Result, depth: int) -> list[Claim]:
         f"exact flow {shown('exact', 'gradient')}, rollout {shown('rollout', 'gradient')}, raw {shown('raw', 'gradient')}",
         versus("exact", "raw", "gradient"),
     )
-    add(
-        "exact flow beats the trivial bound (blank-out)",
-        OURS,
-        None,
-        f"exact {shown('exact')}, bound {shown('bound')}",
-        versus("exact", "bound"),
-    )
-    add(
-        "exact flow is worth its cost over rollout (blank-out)",
-        OURS,
-        None,
-        f"exact {shown('exact')}, rollout {shown('rollout')}",
-        versus("exact", "rollout"),
-    )
+    for correction, words in (("none", "as it is"), ("uniform", "against uniform attention")):
+        for other, claim in (
+            ("bound", "exact flow beats the trivial bound"),
+            ("layer_bound", "exact flow beats the bound by its narrowest layer"),
+            ("rollout", "exact flow is worth its cost over rollout"),
+        ):
+            add(
+                f"{claim} (blank-out, {words}: by at least {MARGIN})",
+                OURS,
+                None,
+                f"exact {shown('exact', correction=correction)}, {flow_names[other]} {shown(other, correction=correction)}",
+                versus("exact", other, corrections=(correction, correction)),
+                MARGIN,
+            )
     add(
         "dividing by uniform attention's flow mends the bias towards early tokens (blank-out)",
         ABNAR,
@@ -117,7 +120,33 @@ def faithfulness_claims(result: Result, depth: int) -> list[Claim]:
         f"another token) {shown('ceiling')}",
         versus("exact", "position", corrections=("uniform", "none")),
     )
+    found += [beyond_position(result, depth, method) for method in ("raw", "exact")]
     return found
+
+
+def beyond_position(result: Result, depth: int, method: str) -> Claim:
+    """Whether a score says anything about blank-out with position held constant.
+
+    Args:
+        result: what `analyses.flow_faithfulness.faithfulness` gave.
+        depth: layers of the graph.
+        method: which score, as it is.
+    """
+    table = means(result, "partial").set_index(["graph", "n_layers", "method", "correction", "reference"])
+    row = table.loc[("mean", depth, method, "none", "blank-out")]
+    follows = means(result, "with_position").set_index(["graph", "n_layers", "method", "correction", "reference"])
+    known = row["low"] == row["low"]
+    name = {"raw": "raw attention", "exact": "exact flow"}[method]
+    return Claim(
+        f"{name} says something about blank-out that position does not (Spearman with position held constant above 0)",
+        OURS,
+        None,
+        f"{row['mean']:.2f} ± {row['sd']:.2f} (interval: the mean); with position itself it correlates "
+        f"{follows.loc[('mean', depth, method, 'none', 'blank-out')]['mean']:+.2f}",
+        (float(row["low"]), float(row["high"])) if known else None,
+        int(row["n"]),
+        bool(row["low"] > 0) if known else None,
+    )
 
 
 def length_claims(result: Result) -> list[Claim]:

@@ -9,7 +9,8 @@
 4. *Scores*: raw attention of the top layer, rollout, widest, soft, exact, bounds; on the graph of the first n layers, for several
    n; without correction, against uniform attention, without the sink; and on the whole depth with norm-weighted heads and with
    contributions. *Position* is the score that knows nothing: the later the higher.
-5. Spearman and Kendall correlation over a sentence's tokens, the document-start token left out. Sentences are the unit.
+5. Spearman and Kendall correlation over a sentence's tokens, the document-start token left out; and Spearman with position held
+   constant, since both score and effect follow it. Sentences are the unit.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ FAITHFULNESS_COLUMNS = (
         "spearman", "float64", "", "rank correlation of score and reference over the sentence's tokens; NaN: constant"
     ),
     Column("kendall", "float64", "", "Kendall's τ-b of the same"),
+    Column(
+        "partial", "float64", "", "Spearman with the token's position held constant; NaN: nothing is left without it"
+    ),
+    Column("with_position", "float64", "", "Spearman of the score with the token's position"),
 )
 
 
@@ -239,11 +244,17 @@ def faithfulness(
     rows: list[dict[str, Any]] = []
     for text, given in enumerate(found):
         spearman, kendall = rank_correlations(
-            np.stack([score for _, score in given]), np.stack([values[text] for values in references.values()])
+            np.stack([score for _, score in given]),
+            np.stack([*(values[text] for values in references.values()), given[0][1]]),  # position last
         )
         for at, (about, score) in enumerate(given):
             for column, reference in enumerate(references):
-                correlated = {"spearman": spearman[at, column], "kendall": kendall[at, column]}
+                correlated = {
+                    "spearman": spearman[at, column],
+                    "kendall": kendall[at, column],
+                    "partial": partial(spearman[at, column], spearman[at, -1], spearman[0, column]),
+                    "with_position": spearman[at, -1],
+                }
                 rows.append({"text": text, "n_tokens": len(score), **about, "reference": reference, **correlated})
     parameters = {
         "depths": list(depths),
@@ -303,6 +314,17 @@ def rank_correlations(scores: np.ndarray, references: np.ndarray) -> tuple[np.nd
     return spearman, kendall
 
 
+def partial(both: float, first: float, second: float) -> float:
+    """Correlation of two with a third held constant, from the three correlations; NaN where the third is one of them.
+
+    Example:
+        >>> round(partial(0.5, 0.0, 0.6), 3), partial(0.5, 1.0, 0.5)
+        (0.625, nan)
+    """
+    left = (1 - first**2) * (1 - second**2)
+    return float((both - first * second) / np.sqrt(left)) if left > 1e-12 else float("nan")
+
+
 def digest(texts: Sequence[Sequence[int]]) -> str:
     """A hash of token ids."""
     import hashlib
@@ -315,7 +337,7 @@ def means(result: Result, statistic: str = "spearman") -> pd.DataFrame:
 
     Args:
         result: what `faithfulness` gave.
-        statistic: "spearman" or "kendall".
+        statistic: "spearman", "kendall", "partial" or "with_position".
 
     Returns:
         A frame with the columns graph, n_layers, method, correction, reference, mean, low, high, sd, n. Sentences whose
@@ -347,7 +369,7 @@ def paired(
     Args:
         result: what `faithfulness` gave.
         first, second: values of columns that pick one row per sentence each.
-        statistic: "spearman" or "kendall".
+        statistic: "spearman", "kendall", "partial" or "with_position".
 
     Returns:
         first, second (their means over these sentences), difference, low, high, n.

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import kendalltau, rankdata, spearmanr
 
 from analyses import attention_flow, flow_claims, flow_faithfulness, flow_figures, flow_lengths
 from interp.errors import InputError
@@ -73,6 +73,16 @@ def test_faithfulness_correlates_each_score_with_each_reference(tiny: Any) -> No
             assert rows["kendall"].item() == pytest.approx(kendalltau(score, changes[text])[0])
             assert rows["n_tokens"].item() == len(ids) - 2
     assert set(frame.query("method == 'ceiling'")["text"]) == {0, 1}
+    some = frame.query(
+        "text == 1 and method == 'raw' and n_layers == 3 and correction == 'none' and graph == 'mean'"
+    ).iloc[0]
+    ranks = [
+        rankdata(values)
+        for values in (attention_graph(model, TEXTS[1][:-1]).attention[2, -1, 1:], changes[1], range(7))
+    ]
+    left = [values - np.polyval(np.polyfit(ranks[2], values, 1), ranks[2]) for values in ranks[:2]]
+    assert some["partial"] == pytest.approx(np.corrcoef(*left)[0, 1])
+    assert some["with_position"] == pytest.approx(np.corrcoef(ranks[0], ranks[2])[0, 1])
     position = frame.query("method == 'position' and text == 1 and reference == 'blank-out'")["spearman"].item()
     assert position == pytest.approx(spearmanr(range(7), changes[1])[0])
     # Norms and contributions are looked at on all layers alone.
@@ -139,6 +149,8 @@ def made_up(values: dict[tuple[str, str, str], float], n: int = 12, seed: int = 
                     "reference": reference,
                     "spearman": mean + 0.05 * rng.normal(),
                     "kendall": mean / 2,
+                    "partial": mean + 0.05 * rng.normal(),
+                    "with_position": -0.5,
                 }
             )
     frame = pd.DataFrame(rows)
@@ -157,14 +169,22 @@ def flow_values(**changes: float) -> dict[tuple[str, str, str], float]:
 
 
 def test_claims_on_faithfulness_hold_where_they_do() -> None:
-    good = flow_values(exact=0.7, exact_uniform=0.9, rollout=0.5, raw=0.1, bound=0.2, position=0.3)
+    good = flow_values(exact=0.7, exact_uniform=0.9, rollout=0.5, raw=0.1, bound=0.2, layer_bound=0.6, position=0.3)
     claims = flow_claims.faithfulness_claims(made_up(good), 6)
     assert all(claim.holds for claim in claims)
-    assert len(claims) == 7
+    assert len(claims) == 13
     assert claims[1].interval is not None
     assert 0.5 < claims[1].interval[0] < claims[1].interval[1] < 0.7
-    bad = flow_values(exact=0.1, exact_uniform=0.05, rollout=0.2, raw=0.5, bound=0.3, position=0.6)
+    bad = flow_values(exact=-0.4, exact_uniform=-0.5, rollout=-0.2, raw=-0.05, bound=0.3, position=0.6)
     assert not any(claim.holds for claim in flow_claims.faithfulness_claims(made_up(bad), 6))
+    # A difference that is there, and too small to pay for.
+    small = flow_claims.faithfulness_claims(made_up(flow_values(exact=0.33, rollout=0.30), n=400), 6)
+    (worth,) = [
+        claim for claim in small if claim.claim.startswith("exact flow is worth its cost over rollout (blank-out, as")
+    ]
+    assert worth.interval is not None
+    assert worth.interval[0] > 0
+    assert worth.holds is False
     one = flow_claims.faithfulness_claims(made_up(good, n=1), 6)
     assert all(claim.holds is None for claim in one)
 
@@ -203,7 +223,8 @@ def test_claims_on_stand_ins_go_either_way() -> None:
     no = flow_claims.length_claims(lengths_made_up(-0.2, 0.7, 0.9, (0.2, 0.2, 0.2)))
     assert [claim.holds for claim in no] == [False, False, False, False]
     answered = attention_flow.answers([*yes, *flow_claims.faithfulness_claims(made_up(flow_values(exact=0.9)), 6)])
-    assert list(answered["answer"]) == ["yes", "yes", "yes", "no"]
+    assert list(answered["answer"]) == ["yes"] * 6 + ["no"]
+    assert len(answered) == answered["question"].nunique()
 
 
 def test_paired_differences_use_the_sentences_that_both_have() -> None:
@@ -278,7 +299,7 @@ def test_figures_show_what_the_tables_say() -> None:
 def test_the_analysis_runs_and_reuses(embedded: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"n_texts": 4, "n_lengths": 2, "n_ceiling": 2, "lengths": (8, 12, 16)}
     section = attention_flow.run(embedded, tmp_path, **settings)
-    assert len(section.claims) == 11
+    assert len(section.claims) == 17
     made = load_result(tmp_path / "faithfulness.parquet")
     attention_flow.run(embedded, tmp_path, **settings)
     assert load_result(tmp_path / "faithfulness.parquet").equals(made, check_provenance=True)
