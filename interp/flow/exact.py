@@ -2,9 +2,10 @@
 
 1. Capacities become whole numbers: rounded down after scaling by 2^s, with s as large as sums of all of them allow
    below 2⁶⁰. A flow through the rounded graph is one through the graph itself, and a cut loses less than 2^−s on each
-   edge: the flow is too small by at most edges · 2^−s, never too large. That bound is reported
-   (`Solution.rounding_error`; 1e-9 for 30 layers of 128 tokens).
-2. The solver (`interp.flow.push_relabel`) runs once per target and source, sources side by side in as many threads as torch uses.
+   edge: the flow is too small by at most edges · 2^−s, and by 2⁷ · 2^−s where it is rounded down to float64, never too
+   large. That bound is reported (`Solution.rounding_error`; 1e-9 for 30 layers of 128 tokens).
+2. The solver (`interp.flow.push_relabel`) runs once per target and source, sources side by side in as many threads as torch uses
+   where there is work for them.
    Potentials are shared: those from the source side by all sources, those from the sink side by all targets.
 3. As a function of the capacities the flow is concave, and the indicator of a minimum cut is a supergradient: the gradient itself
    where the cut is unique. That is what backward returns.
@@ -32,6 +33,9 @@ from interp.batching import check_memory
 from interp.flow.positions import Group, Sources, check_capacity, check_sources, check_targets, is_causal
 
 _BITS = 60  # sums of all capacities stay below 2^60
+_PADDING = 8  # numbers behind each row of scratch: a line of the cache
+_ONE_THREAD = 4_000_000  # edges · pairs below which starting threads costs more than they save
+_LOST = 2 ** (_BITS - 53)  # most that such a whole number loses in float64
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Solution:
 
     Attributes:
         flow: (target, source) float64.
-        rounding_error: no flow is too small by more than this.
+        rounding_error: no flow is too small by more than this, and none is too large.
         sink_side: (target, source, layer + 1, position) flags of minimum cuts, where they were asked for.
     """
 
@@ -66,7 +70,8 @@ def maximum_flow(
 
     Returns:
         The flows, in the capacities' dtype and on their device. Backward gives the minimum cut's indicator. A source behind its
-        target under causal attention gets 0.
+        target under causal attention gets 0. A graph without any capacity to later keys counts as causal: those edges stay
+        closed, and get no gradient.
 
     Raises:
         InputError: not capacities, no layers, a position out of range.
@@ -79,6 +84,8 @@ def maximum_flow(
     """
     _, length = check_capacity(capacity)
     chosen, groups = check_targets(targets, length), check_sources(sources, length)
+    if not torch.is_grad_enabled():  # then no cut is kept
+        capacity = capacity.detach()
     flat = capacity.reshape(-1, *capacity.shape[-3:])
     flows = [_MaximumFlow.apply(one, chosen, groups, progress) for one in flat]
     shape = (*capacity.shape[:-3], len(chosen), len(groups))
@@ -121,14 +128,15 @@ def solve_flows(
         capacity, progress: see `maximum_flow`.
         targets: positions from 0.
         groups: groups of positions from 0.
-        sides: keep the minimum cuts, one bit of memory per pair, layer and position in bytes.
+        sides: keep the minimum cuts, a byte per pair, layer and position.
 
     Returns:
         A `Solution`.
     """
     causal = is_causal(capacity)
     n_layers, length, _ = capacity.shape
-    threads = max(1, min(torch.get_num_threads(), len(groups)))
+    small = capacity.numel() * len(targets) * len(groups) < _ONE_THREAD
+    threads = 1 if small else max(1, min(torch.get_num_threads(), len(groups)))
     check_memory(
         estimate_bytes(n_layers, length, len(targets), len(groups), threads, sides),
         "cpu",
@@ -158,7 +166,7 @@ def solve_flows(
                     pool.shutdown(cancel_futures=True)
                     raise
     edges = n_layers * (length * (length + 1) // 2 if causal else length**2)
-    return Solution(np.ldexp(solver.flow.astype(np.float64), -exponent), math.ldexp(edges, -exponent), solver.side)
+    return Solution(rounded_down(solver.flow, exponent), math.ldexp(edges + _LOST, -exponent), solver.side)
 
 
 def flow_on_edges(
@@ -175,10 +183,13 @@ def flow_on_edges(
         are not unique, this is one of them. Of the minimum cuts it is the one nearest to the input.
 
     Raises:
-        InputError: see `maximum_flow`.
+        InputError, MemoryBudgetError: see `maximum_flow`.
     """
-    _, length = check_capacity(capacity, batched=False)
+    n_layers, length = check_capacity(capacity, batched=False)
     (chosen,), (group,) = check_targets([target], length), check_sources([source], length)
+    # The flow itself, whole and as given, is two more arrays: as much as another thread's.
+    needed = estimate_bytes(n_layers, length, 1, 1, 2, True)
+    check_memory(needed, "cpu", f"one maximum flow through {n_layers} layers of {length} tokens")
     whole, exponent = whole_numbers(capacity)
     solver = _Solver(whole, is_causal(capacity), [chosen], [group], sides=True)
     solver.solve(0)
@@ -189,16 +200,25 @@ def flow_on_edges(
     cut = ~side[1:, :, None] & side[:-1, None, :]
     if solver.causal:
         cut = cut.tril()
-    return torch.from_numpy(np.ldexp(flow.astype(np.float64), -exponent)), cut
+    return torch.from_numpy(rounded_down(flow, exponent)), cut
 
 
 def whole_numbers(capacity: Float[Tensor, "layer query key"]) -> tuple[np.ndarray, int]:
     """Capacities · 2^exponent, rounded down, and the exponent: the largest with which all of them sum to less than 2⁶⁰."""
     values = capacity.detach().cpu().double().numpy()
-    # Halves, so that the sum of huge capacities stays finite.
-    total = float(np.ldexp(values, -64).sum())
-    exponent = 0 if total == 0 else _BITS - 64 - math.frexp(total)[1]
+    # Relative to the largest, so that the sum neither overflows nor vanishes.
+    largest = math.frexp(float(values.max()))[1]
+    total = float(np.ldexp(values, -largest).sum())
+    # Nothing loses nothing: as for the smallest of floats.
+    exponent = _BITS - largest - math.frexp(total)[1] if total else _BITS + 1074
     return np.floor(np.ldexp(values, exponent)).astype(np.int64), exponent
+
+
+def rounded_down(whole: np.ndarray, exponent: int) -> np.ndarray:
+    """Whole numbers below 2⁶⁰ · 2^−exponent in float64, never above what they stand for."""
+    values = whole.astype(np.float64)
+    values = np.where(values.astype(np.int64) > whole, np.nextafter(values, 0), values)
+    return np.ldexp(values, -exponent)
 
 
 def estimate_bytes(n_layers: int, length: int, n_targets: int, n_sources: int, threads: int, sides: bool) -> int:
@@ -245,6 +265,9 @@ class _Solver:
                     low,
                     target,
                     self.causal,
+                    scratch["first"],
+                    scratch["following"],
+                    scratch["count"],
                     self.side[row, column],
                 )
 
@@ -258,7 +281,7 @@ class _Solver:
         if arrived != limit:
             raise AssertionError(f"sent {limit}, and {arrived} arrived")
         window = slice(low, self.targets[0] + 1 if self.causal else None)
-        flow[:, window, window] = scratch["carried"].transpose(0, 2, 1)[:, window, window]
+        flow[:, window, window] = scratch["carried"][:, :, : self.nodes[1]].transpose(0, 2, 1)[:, window, window]
         return np.tril(flow) if self.causal else flow
 
     def _prepare(self, column: int) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
@@ -286,8 +309,10 @@ class _Solver:
         found = getattr(self._scratch, "arrays", None)
         if found is None:
             n = math.prod(self.nodes) + 2
+            # Rows a power of two apart would share a few lines of the cache, and `carried` is written down columns.
+            rows = (*self.capacity.shape[:2], self.capacity.shape[2] + _PADDING)
             found = {
-                **{name: np.zeros_like(self.capacity) for name in ("residual", "carried")},
+                **{name: np.zeros(rows, np.int64) for name in ("residual", "carried")},
                 **{name: np.zeros(self.nodes, np.int64) for name in ("excess", "from_sinks")},
                 "label": np.zeros(self.nodes, np.int32),
                 **{name: np.zeros(n, np.int64) for name in ("first", "following", "count")},

@@ -12,7 +12,7 @@
 4. Node (l, i) is position i after l layers; edge (l + 1, i) → (l, j) has capacity[l, i, j].
 
 Patterns are checked: finite, not negative, rows that sum to 1 within what half precision allows (then they are divided
-by their sum). Everything is float32; a pattern that carries a gradient keeps it.
+by their sum). Everything is float32, or float64 where a pattern is; a pattern that carries a gradient keeps it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError
+from interp.flow.positions import check_targets, is_whole, listed
 from interp.model import Model
 from interp.provenance import Provenance
 
@@ -94,9 +95,7 @@ class AttentionGraph:
         Raises:
             InputError: a position out of range, or none left.
         """
-        from interp.flow.positions import check_targets
-
-        removed = check_targets(positions, len(self))
+        removed = check_targets(positions, len(self), "position")
         if len(set(removed)) == len(self):
             raise InputError(f"all {len(self)} positions would be removed; expected at least one to stay")
         kept = torch.ones(len(self), dtype=self.attention.dtype, device=self.attention.device)
@@ -123,7 +122,7 @@ def attention_graph(
     residual: str | None = None,
     heads: str | int | Sequence[int] = "mean",
     capacity: str = "attention",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
     tokens: Sequence[str] | None = None,
     chat: bool = False,
     max_tokens: int = 4096,
@@ -165,15 +164,13 @@ def attention_graph(
         residual = "none" if capacity == "contribution" else "half"
     if residual not in RESIDUALS:
         raise InputError(f"residual={residual!r}; expected one of {', '.join(RESIDUALS)}")
+    if not isinstance(heads, str):
+        heads = [int(head) if is_whole(head) else head for head in listed(heads, "heads")]
     if capacity == "contribution" and (residual != "none" or heads != "mean"):
         raise InputError(
             "contributions hold the residual stream and sum over heads: use residual='none' and heads='mean' with them"
         )
-    parameters = {
-        "residual": residual,
-        "heads": heads if isinstance(heads, (str, int)) else list(heads),
-        "capacity": capacity,
-    }
+    parameters = {"residual": residual, "heads": heads, "capacity": capacity}
     given = text if isinstance(model, Model) else model
     if _is_pattern(given):
         if not isinstance(model, Model) and text is not None:
@@ -194,6 +191,9 @@ def attention_graph(
         raise InputError("tokens name a pattern's positions; a text has its own")
     from interp.flow.patterns import attention_of_texts
 
+    text = text.tolist() if hasattr(text, "tolist") else text  # ids of torch or numpy
+    if not hasattr(text, "__len__"):
+        raise InputError(f"the text is {text!r}; expected a text, token ids, or a list of either")
     single = isinstance(text, str) or (
         len(text) > 0 and not isinstance(text[0], str) and not hasattr(text[0], "__len__")
     )
@@ -231,24 +231,22 @@ def merge_heads(pattern: Float[Tensor, "*batch head query key"], heads: str | in
             return merged / merged.sum(-1, keepdim=True)
         raise InputError(f"heads={heads!r}; expected 'mean', 'max', 'norm', a head, or several heads")
     n_heads = pattern.shape[-3]
-    chosen = [heads] if isinstance(heads, int) else list(heads)
-    if not chosen or any(isinstance(head, bool) or not -n_heads <= head < n_heads for head in chosen):
+    chosen = listed(heads, "heads")
+    if any(not is_whole(head) or not -n_heads <= head < n_heads for head in chosen):
         raise InputError(f"heads={heads!r}; expected heads from 0 to {n_heads - 1}")
     return pattern[..., chosen, :, :].mean(-3)
 
 
-def check_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+def check_layers(layers: Sequence[int] | int | None, n_layers: int) -> list[int]:
     """Layers as ascending indices from 0; all of them for `None`.
 
     Raises:
         InputError: none, out of range, twice, or not ascending.
     """
-    chosen = list(range(n_layers)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    if not chosen:
-        raise InputError("no layers were given; expected at least one, or None for all")
-    if any(not -n_layers <= layer < n_layers for layer in chosen):
+    chosen = list(range(n_layers)) if layers is None else listed(layers, "layers")
+    if any(not is_whole(layer) or not -n_layers <= layer < n_layers for layer in chosen):
         raise InputError(f"layers={chosen}; expected layers from 0 to {n_layers - 1}")
-    chosen = [layer % n_layers for layer in chosen]
+    chosen = [int(layer) % n_layers for layer in chosen]
     if sorted(set(chosen)) != chosen:
         raise InputError(f"layers={chosen}; expected each layer once, in ascending order")
     return chosen
@@ -295,7 +293,7 @@ def _from_pattern(
     given: Any,
     residual: str,
     heads: Any,
-    layers: Sequence[int] | None,
+    layers: Sequence[int] | int | None,
     tokens: Sequence[str] | None,
     model: Model | None,
     parameters: dict[str, Any],

@@ -16,7 +16,8 @@ each token in one maximum flow of the whole network: see `interp.flow.shapley`.
 Under causal attention early tokens can be reached from more positions, whatever the model does. Corrections:
 
     "none"       as it is
-    "uniform"    divided by the same method's score on uniform attention: above 1 is more than position explains
+    "uniform"    divided by the same method's score on uniform attention: above 1 is more than position explains; NaN where
+                 that is not above 0, as soft widths can be
     "drop_sink"  attention to the sink tokens removed and rows renormalised before solving; the sinks' own scores are NaN
 """
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from interp.errors import InputError
 from interp.flow.exact import maximum_flow
 from interp.flow.graph import AttentionGraph, with_residual
-from interp.flow.positions import Sources, check_sources, check_targets
+from interp.flow.positions import Sources, check_sources, check_targets, listed
 from interp.flow.rollout import attention_rollout, column_bound, layer_bound
 from interp.flow.widest import soft_widest_path, widest_path
 from interp.results import Column, Result
@@ -68,7 +69,7 @@ def attention_flow(
     *,
     method: str | Sequence[str] = "exact",
     correction: str = "none",
-    sinks: Sequence[int] = (0,),
+    sinks: Sequence[int] | int = (0,),
     temperature: float = 0.01,
     bias: str = "entropy",
     progress: bool | str = False,
@@ -114,7 +115,8 @@ def attention_flow(
         chosen, groups = check_targets(targets, len(one)), check_sources(sources, len(one))
         names = ["".join(one.tokens[at] for at in group) for group in groups]
         for name in methods:
-            values = influence(one, chosen, groups, method=name, progress=progress, **options)
+            with torch.no_grad():
+                values = influence(one, chosen, groups, method=name, progress=progress, **options)
             frames.append(
                 pd.DataFrame(
                     {
@@ -125,7 +127,7 @@ def attention_flow(
                         "source": np.tile([group[0] for group in groups], len(chosen)),
                         "target_token": np.repeat(np.array([one.tokens[at] for at in chosen], object), len(groups)),
                         "source_token": np.tile(np.array(names, object), len(chosen)),
-                        "flow": values.detach().cpu().double().numpy().ravel(),
+                        "flow": values.cpu().double().numpy().ravel(),
                     }
                 )
             )
@@ -134,7 +136,7 @@ def attention_flow(
         **first.provenance.parameters,
         "methods": methods,
         "correction": correction,
-        "sinks": list(sinks),
+        "sinks": [int(sink) for sink in listed(sinks, "sinks")],
         "temperature": float(temperature),
         "bias": bias,
         "n_texts": len(graphs),
@@ -152,7 +154,7 @@ def influence(
     *,
     method: str = "exact",
     correction: str = "none",
-    sinks: Sequence[int] = (0,),
+    sinks: Sequence[int] | int = (0,),
     temperature: float = 0.01,
     bias: str = "entropy",
     progress: bool | str = False,
@@ -171,12 +173,14 @@ def influence(
     elif method == "soft":
         options = {"temperature": temperature, "bias": bias}
     chosen, groups = check_targets(targets, len(graph)), check_sources(sources, len(graph))
-    removed = set(check_targets(sinks, len(graph))) if correction == "drop_sink" else set()
+    removed = set(check_targets(sinks, len(graph), "sink")) if correction == "drop_sink" else set()
     used = graph.without(sorted(removed)) if removed and len(removed) < len(graph) else graph
     values = METHODS[method](used.capacity, chosen, groups, **options)
     if correction == "uniform":
         expected = METHODS[method](with_residual(graph.uniform().attention, graph.residual), chosen, groups, **options)
-        values = torch.where(expected > 0, values / expected.clamp(min=torch.finfo(values.dtype).tiny), values)
+        ratio = values / expected.clamp(min=torch.finfo(values.dtype).tiny)
+        # Nothing by nothing stays nothing (a source behind its target); of a soft width below 0 there is no share.
+        values = torch.where(expected > 0, ratio, torch.where(values == 0, values, float("nan")))
     if removed:
         gone = torch.tensor([removed >= set(group) for group in groups], device=values.device)
         values = values.masked_fill(gone, float("nan"))

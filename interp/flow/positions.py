@@ -17,7 +17,7 @@ from torch import Tensor
 from interp.errors import InputError
 
 Group = tuple[int, ...]
-Sources = Sequence[int | Sequence[int]] | None
+Sources = Sequence[int | Sequence[int]] | int | None
 
 
 def check_capacity(capacity: Any, batched: bool = True) -> tuple[int, int]:
@@ -38,7 +38,10 @@ def check_capacity(capacity: Any, batched: bool = True) -> tuple[int, int]:
     if n_layers == 0 or length == 0:
         raise InputError(f"capacities have {n_layers} layers and {length} positions; expected at least one of each")
     values = capacity.detach()
-    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+    if not values.numel():
+        return n_layers, length
+    smallest, largest = (float(end) for end in torch.aminmax(values))  # NaN if any is
+    if not (smallest >= 0 and largest < float("inf")):
         bad = (~torch.isfinite(values) | (values < 0)).nonzero()[0].tolist()
         raise InputError(
             f"the capacity at {bad} is {values[tuple(bad)].item()}; expected a finite number of at least 0"
@@ -46,16 +49,15 @@ def check_capacity(capacity: Any, batched: bool = True) -> tuple[int, int]:
     return n_layers, length
 
 
-def check_targets(targets: Any, length: int) -> list[int]:
-    """Targets as positions from 0; all of them for `None`.
+def check_targets(targets: Any, length: int, what: str = "target") -> list[int]:
+    """Targets, or what else `what` calls them, as positions from 0; all of them for `None`.
 
     Raises:
         InputError: none, not whole numbers, or out of range.
     """
     if targets is None:
         return list(range(length))
-    listed = _listed(targets, "targets")
-    return [check_position(target, length, "target") for target in listed]
+    return [check_position(target, length, what) for target in listed(targets, f"{what}s")]
 
 
 def check_sources(sources: Any, length: int) -> list[Group]:
@@ -67,8 +69,8 @@ def check_sources(sources: Any, length: int) -> list[Group]:
     if sources is None:
         return [(position,) for position in range(length)]
     groups = []
-    for source in _listed(sources, "sources"):
-        members = [source] if _is_whole(source) else _listed(source, "a group of sources")
+    for source in listed(sources, "sources"):
+        members = [source] if is_whole(source) else listed(source, "a group of sources")
         group = tuple(check_position(member, length, "source") for member in members)
         if len(set(group)) < len(group):
             raise InputError(f"the group of sources {tuple(members)} names a position twice; name each once")
@@ -78,7 +80,7 @@ def check_sources(sources: Any, length: int) -> list[Group]:
 
 def check_position(position: Any, length: int, what: str) -> int:
     """One position from 0; negative ones count from the end."""
-    if not _is_whole(position):
+    if not is_whole(position):
         raise InputError(f"{what} {position!r} is not a position; expected a whole number")
     at = operator.index(position)
     if not -length <= at < length:
@@ -105,16 +107,28 @@ def membership(groups: Sequence[Group], length: int, like: Tensor) -> Float[Tens
     return member
 
 
-def _is_whole(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number of any library; truth values are not."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or getattr(value, "dtype", None) == torch.bool:
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
-def _listed(values: Any, what: str) -> list[Any]:
-    if _is_whole(values):
+def listed(values: Any, what: str) -> list[Any]:
+    """What was given as a list: one value, a sequence, an array.
+
+    Raises:
+        InputError: nothing that can be listed, or empty.
+    """
+    if is_whole(values):
         return [values]
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise InputError(f"{what} is {values!r}; expected positions, such as [-1]")
-    listed = values.tolist() if isinstance(values, Tensor) else list(values)
-    if not listed:
-        raise InputError(f"{what} is empty; expected at least one position")
-    return listed
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
+        raise InputError(f"{what} is {values!r}; expected whole numbers, such as [-1]")
+    found = values.tolist() if isinstance(values, Tensor) else list(values)
+    if not found:
+        raise InputError(f"{what} is empty; expected at least one whole number")
+    return found

@@ -45,9 +45,11 @@ def sink_potential(capacity: Any, sinks: Any, causal: Any, potential: Any) -> No
         potential[0, k] = _UNBOUNDED if sinks[k] else 0
     for layer in range(n_layers):
         for i in range(length):
+            end = i + 1 if causal else length
+            row, below = capacity[layer, i, :end], potential[layer, :end]
             total = np.int64(0)
-            for k in range(i + 1 if causal else length):
-                total += min(capacity[layer, i, k], potential[layer, k])
+            for k in range(row.shape[0]):
+                total += min(row[k], below[k])
             potential[layer + 1, i] = total
 
 
@@ -62,8 +64,10 @@ def source_potential(capacity: Any, target: Any, causal: Any, potential: Any) ->
         for i in range(high):
             above = potential[layer + 1, i]
             if above > 0:
-                for k in range(i + 1 if causal else high):
-                    potential[layer, k] += min(capacity[layer, i, k], above)
+                end = i + 1 if causal else high
+                row, below = capacity[layer, i, :end], potential[layer, :end]
+                for k in range(row.shape[0]):
+                    below[k] += min(row[k], above)
 
 
 @_compile
@@ -82,15 +86,12 @@ def layer_bound(from_sinks: Any, from_source: Any, low: Any, high: Any) -> Any:
 @_compile
 def _reset(capacity: Any, residual: Any, carried: Any, excess: Any, low: Any, high: Any, causal: Any) -> None:
     n_layers = capacity.shape[0]
-    for layer in range(n_layers + 1):
-        for k in range(low, high):
-            excess[layer, k] = 0
+    excess[:, low:high] = 0
     for layer in range(n_layers):
         for i in range(low, high):
-            for k in range(low, i + 1 if causal else high):
-                residual[layer, i, k] = capacity[layer, i, k]
-            for p in range(i if causal else low, high):
-                carried[layer, i, p] = 0
+            end = i + 1 if causal else high
+            residual[layer, i, low:end] = capacity[layer, i, low:end]
+            carried[layer, i, (i if causal else low) : high] = 0
 
 
 @_compile
@@ -103,69 +104,117 @@ def _first_wave(
     low: Any,
     high: Any,
     causal: Any,
+    free: Any,
+    sent: Any,
 ) -> None:
+    """`free` and `sent` are scratch. Rows are slices, so that the loops over them compile to vector instructions."""
+    n = high - low
     for layer in range(residual.shape[0] - 1, -1, -1):
-        for i in range(high - 1, low - 1, -1):
-            have = excess[layer + 1, i]
+        for k in range(n):
+            free[k] = min(from_sinks[layer, low + k], from_source[layer, low + k])
+        for i in range(n - 1, -1, -1):
+            have = excess[layer + 1, low + i]
             if have == 0:
                 continue
-            end = i + 1 if causal else high
-            room = np.int64(0)
-            for k in range(low, end):
-                free = min(from_sinks[layer, k], from_source[layer, k]) - excess[layer, k]
-                room += max(np.int64(0), min(residual[layer, i, k], free))
-            if room == 0:
+            end = i + 1 if causal else n
+            row, room, gone = residual[layer, low + i, low : low + end], free[:end], sent[:end]
+            total = np.int64(0)
+            for k in range(row.shape[0]):
+                gone[k] = min(row[k], room[k])
+                total += gone[k]
+            if total == 0:
                 continue
-            share = min(1.0, have / room)
-            for attempt in range(2):  # in proportion, and then what rounding down has left
-                for k in range(low, end):
-                    free = min(from_sinks[layer, k], from_source[layer, k]) - excess[layer, k]
-                    pushed = min(residual[layer, i, k], free)
-                    if pushed > 0:
-                        pushed = min(have, np.int64(pushed * share) if attempt == 0 else pushed)
-                        residual[layer, i, k] -= pushed
-                        carried[layer, k, i] += pushed
-                        excess[layer, k] += pushed
-                        have -= pushed
-                if have == 0:
-                    break
-            excess[layer + 1, i] = have
+            if have < total:  # in proportion, and then what rounding down has left
+                share, total = have / total, np.int64(0)
+                for k in range(row.shape[0]):
+                    # Beyond 2^53 the product may be rounded up past the room, and the sum past what there is.
+                    gone[k] = min(gone[k], np.int64(gone[k] * share))
+                    total += gone[k]
+                k = 0
+                while total > have:
+                    less = min(gone[k], total - have)
+                    gone[k] -= less
+                    total -= less
+                    k += 1
+                k = 0
+                while total < have:
+                    more = min(min(row[k], room[k]) - gone[k], have - total)
+                    gone[k] += more
+                    total += more
+                    k += 1
+            into = excess[layer, low : low + end]
+            for k in range(row.shape[0]):
+                row[k] -= gone[k]
+                room[k] -= gone[k]
+                into[k] += gone[k]
+            for k in range(end):
+                carried[layer, low + k, low + i] = gone[k]
+            excess[layer + 1, low + i] = have - total
 
 
 @_compile
 def _distances(
-    residual: Any, carried: Any, sinks: Any, label: Any, low: Any, high: Any, causal: Any, dead: Any
+    residual: Any,
+    carried: Any,
+    sinks: Any,
+    label: Any,
+    low: Any,
+    high: Any,
+    causal: Any,
+    dead: Any,
+    queue: Any,
+    left: Any,
+    n_left: Any,
 ) -> None:
-    """Writes distances to the sinks in the residual graph, `dead` where there is no way; sweeps until none changes."""
-    n_layers = residual.shape[0]
+    """Writes distances to the sinks in the residual graph, `dead` where there is no way: breadth first.
+
+    Every layer lists the positions without a label (`left`, `n_left`; with `queue` scratch): a node is looked at from few
+    others, because attention has an edge almost everywhere.
+    """
+    n_layers, length = residual.shape[0], residual.shape[1]
+    tail = 0
     for layer in range(n_layers + 1):
+        kept = 0
         for k in range(low, high):
-            label[layer, k] = dead
-    for k in range(low, high):
-        if sinks[k]:
-            label[0, k] = 0
-    changed = True
-    while changed:
-        changed = False
-        for layer in range(n_layers):
-            for i in range(low, high):
-                nearest = np.int32(label[layer + 1, i] - 1)
-                for k in range(low, i + 1 if causal else high):
-                    nearest = min(nearest, label[layer, k] if residual[layer, i, k] > 0 else dead)
-                if nearest + 1 < label[layer + 1, i]:
-                    label[layer + 1, i] = nearest + 1
-                    changed = True
-        if not changed:
-            break
-        changed = False
-        for layer in range(n_layers - 1, -1, -1):
-            for k in range(low, high):
-                nearest = np.int32(label[layer, k] - 1)
-                for p in range(k if causal else low, high):
-                    nearest = min(nearest, label[layer + 1, p] if carried[layer, k, p] > 0 else dead)
-                if nearest + 1 < label[layer, k]:
-                    label[layer, k] = nearest + 1
-                    changed = True
+            if layer == 0 and sinks[k]:
+                label[0, k] = 0
+                queue[tail] = k
+                tail += 1
+            else:
+                label[layer, k] = dead
+                left[layer * length + kept] = k
+                kept += 1
+        n_left[layer] = kept
+    head = 0
+    while head < tail:
+        node = queue[head]
+        head += 1
+        layer, k = node // length, node % length
+        further = np.int32(label[layer, k] + 1)
+        if layer < n_layers and n_left[layer + 1] > 0:
+            kept, start = 0, (layer + 1) * length
+            for at in range(n_left[layer + 1]):
+                i = left[start + at]
+                if (i >= k or not causal) and residual[layer, i, k] > 0:
+                    label[layer + 1, i] = further
+                    queue[tail] = start + i
+                    tail += 1
+                else:
+                    left[start + kept] = i
+                    kept += 1
+            n_left[layer + 1] = kept
+        if layer > 0 and n_left[layer - 1] > 0:
+            kept, start = 0, (layer - 1) * length
+            for at in range(n_left[layer - 1]):
+                i = left[start + at]
+                if (i <= k or not causal) and carried[layer - 1, i, k] > 0:
+                    label[layer - 1, i] = further
+                    queue[tail] = start + i
+                    tail += 1
+                else:
+                    left[start + kept] = i
+                    kept += 1
+            n_left[layer - 1] = kept
 
 
 @_compile
@@ -185,7 +234,7 @@ def _drain(
     dead: Any,
 ) -> Any:
     """Push-relabel from exact labels. Active nodes are in lists by label: `first[label]`, `following[node]`; −1 ends a list."""
-    n_layers, length, _ = residual.shape
+    n_layers, length = residual.shape[0], residual.shape[1]
     for at in range(dead + 1):
         first[at] = -1
         count[at] = 0
@@ -211,10 +260,14 @@ def _drain(
         have = excess[layer, i]
         while have > 0:
             if layer > 0:
-                for k in range(low, i + 1 if causal else high):
-                    if residual[layer - 1, i, k] > 0 and label[layer - 1, k] == here - 1:
-                        pushed = min(have, residual[layer - 1, i, k])
-                        residual[layer - 1, i, k] -= pushed
+                end = i + 1 if causal else high
+                row, below = residual[layer - 1, i, low:end], label[layer - 1, low:end]
+                for at in range(row.shape[0]):
+                    k = row.shape[0] - 1 - at  # itself first: the residual edge is the widest
+                    if row[k] > 0 and below[k] == here - 1:
+                        pushed = min(have, row[k])
+                        row[k] -= pushed
+                        k += low
                         carried[layer - 1, k, i] += pushed
                         have -= pushed
                         if here == 1:
@@ -226,10 +279,13 @@ def _drain(
                         if have == 0:
                             break
             if have > 0 and layer < n_layers:
-                for p in range(i if causal else low, high):
-                    if carried[layer, i, p] > 0 and label[layer + 1, p] == here - 1:
-                        pushed = min(have, carried[layer, i, p])
-                        carried[layer, i, p] -= pushed
+                start = i if causal else low
+                row, upper = carried[layer, i, start:high], label[layer + 1, start:high]
+                for at in range(row.shape[0]):
+                    if row[at] > 0 and upper[at] == here - 1:
+                        pushed = min(have, row[at])
+                        row[at] -= pushed
+                        p = start + at
                         residual[layer, p, i] += pushed
                         have -= pushed
                         if excess[layer + 1, p] == 0:
@@ -243,11 +299,15 @@ def _drain(
                 break
             nearest = dead
             if layer > 0:
-                for k in range(low, i + 1 if causal else high):
-                    nearest = min(nearest, label[layer - 1, k] if residual[layer - 1, i, k] > 0 else dead)
+                end = i + 1 if causal else high
+                row, below = residual[layer - 1, i, low:end], label[layer - 1, low:end]
+                for k in range(row.shape[0]):
+                    nearest = min(nearest, below[k] if row[k] > 0 else dead)
             if layer < n_layers:
-                for p in range(i if causal else low, high):
-                    nearest = min(nearest, label[layer + 1, p] if carried[layer, i, p] > 0 else dead)
+                start = i if causal else low
+                row, upper = carried[layer, i, start:high], label[layer + 1, start:high]
+                for p in range(row.shape[0]):
+                    nearest = min(nearest, upper[p] if row[p] > 0 else dead)
             raised = min(np.int32(nearest + 1), dead)
             count[here] -= 1
             if count[here] == 0:  # a gap: no path crosses it, so nothing above it can reach a sink
@@ -294,8 +354,9 @@ def solve(
         causal: whether keys behind the query have capacity 0; they are not read then.
         from_sinks, from_source: the potentials.
         limit: send no more than this.
-        residual, carried: (layer, position, position) int64 scratch. Afterwards `capacity − residual` is the flow on (query, key)
-            and `carried` the same as (key, query), within the window; excess that is stuck is still on its way.
+        residual, carried: (layer, position, position or more) int64 scratch. Afterwards `capacity − residual` is the
+            flow on (query, key) and `carried` the same as (key, query), within the window; excess that is stuck is
+            still on its way.
         excess, label: (layer + 1, position) int64 and int32 scratch.
         first, following, count: int64 scratch of (layers + 1) · positions + 2.
 
@@ -309,7 +370,7 @@ def solve(
     if best <= 0:
         return np.int64(0)
     excess[n_layers, target] = best
-    _first_wave(residual, carried, excess, from_sinks, from_source, low, high, causal)
+    _first_wave(residual, carried, excess, from_sinks, from_source, low, high, causal, first, following)
     arrived = np.int64(0)
     for k in range(low, high):
         if sinks[k]:
@@ -317,23 +378,33 @@ def solve(
     if arrived >= best:
         return arrived
     dead = np.int32((n_layers + 1) * (high - low) + 1)
-    _distances(residual, carried, sinks, label, low, high, causal, dead)
+    _distances(residual, carried, sinks, label, low, high, causal, dead, following, first, count)
     return _drain(residual, carried, excess, label, first, following, count, arrived, best, low, high, causal, dead)
 
 
 @_compile
 def sink_side(
-    residual: Any, carried: Any, sinks: Any, label: Any, low: Any, target: Any, causal: Any, side: Any
+    residual: Any,
+    carried: Any,
+    sinks: Any,
+    label: Any,
+    low: Any,
+    target: Any,
+    causal: Any,
+    first: Any,
+    following: Any,
+    count: Any,
+    side: Any,
 ) -> None:
     """Writes (layer + 1, position) whether a node can reach a sink in the residual graph of a maximum flow.
 
     Positions behind a causal target count as sink side and those before the first sink as source side: no edge leads out of
     the window that way, so that the edges from source side to sink side are the cut.
     """
-    n_layers, length, _ = residual.shape
+    n_layers, length = residual.shape[0], residual.shape[1]
     high = target + 1 if causal else length
     dead = np.int32((n_layers + 1) * (high - low) + 1)
-    _distances(residual, carried, sinks, label, low, high, causal, dead)
+    _distances(residual, carried, sinks, label, low, high, causal, dead, following, first, count)
     for layer in range(n_layers + 1):
         for k in range(length):
             side[layer, k] = k >= high or (k >= low and label[layer, k] < dead)

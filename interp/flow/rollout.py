@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.flow.exact import whole_numbers
+from interp.flow.exact import rounded_down, whole_numbers
 from interp.flow.positions import Sources, check_capacity, check_sources, check_targets, is_causal, membership
 
 
@@ -67,10 +67,10 @@ def column_bound(
     """
     n_layers, length = check_capacity(capacity)
     chosen, groups = check_targets(targets, length), check_sources(sources, length)
-    seen = torch.ones(len(chosen), length, dtype=capacity.dtype, device=capacity.device)
-    if is_causal(capacity):
-        seen = torch.arange(length, device=capacity.device) <= torch.tensor(chosen, device=capacity.device)[:, None]
-        seen = seen.to(capacity.dtype)
+    positions = torch.arange(length, device=capacity.device)
+    behind = positions > positions[chosen][:, None]
+    causal = (capacity.detach().triu(1) == 0).flatten(-3).all(-1)  # each graph of the batch by itself
+    seen = (~(causal[..., None, None] & behind)).to(capacity)  # (…, target, position)
     if n_layers == 1:  # then the target's own row is all that enters
         entering = capacity[..., 0, chosen, :]
     else:
@@ -100,8 +100,9 @@ def layer_bound(
     _, length = check_capacity(capacity)
     chosen, groups = check_targets(targets, length), check_sources(sources, length)
     flat = capacity.reshape(-1, *capacity.shape[-3:])
-    bounds = [_layer_bounds(one, chosen, groups) for one in flat]
-    return torch.from_numpy(np.stack(bounds)).to(capacity).reshape(*capacity.shape[:-3], len(chosen), len(groups))
+    shape = (*capacity.shape[:-3], len(chosen), len(groups))
+    bounds = np.array([_layer_bounds(one, chosen, groups) for one in flat])
+    return torch.from_numpy(bounds).to(capacity).reshape(shape)
 
 
 def _layer_bounds(capacity: Tensor, targets: list[int], groups: list[tuple[int, ...]]) -> np.ndarray:
@@ -123,4 +124,4 @@ def _layer_bounds(capacity: Tensor, targets: list[int], groups: list[tuple[int, 
             if not causal or target >= min(group):
                 high = target + 1 if causal else length
                 bounds[row, column] = push_relabel.layer_bound(from_sinks, from_source[row], 0, high)
-    return np.ldexp(bounds.astype(np.float64), -exponent)
+    return rounded_down(bounds, exponent)

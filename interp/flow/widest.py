@@ -8,7 +8,8 @@ Source: Yang & Wang, "Compositional Video Generation as Flow Equalization" (Vico
 2. *Soft*: max and min become log-sum-exp at a temperature τ, as in Vico's released code, so that every path gets a
    gradient. Over n alternatives a log-sum-exp exceeds the largest by up to τ · log n, and this happens once a layer: at
    30 layers and τ = .01 the excess is larger than any capacity. Vico's models have few layers between concept and
-   output. `bias` says what is done: "none": nothing, as published; "count": τ · log n is subtracted at every layer,
+   output. `bias` says what is done: "none": nothing, as published (edges without capacity, such as those to later
+   positions, are left out here; Vico counts them as alternatives); "count": τ · log n is subtracted at every layer,
    which is too much wherever one path dominates; "entropy": τ times the entropy of the weights is subtracted, which
    makes a softened maximum or minimum the weighted mean of what it is over: never above the largest (below the
    smallest), equal to it where one dominates or all are equal. A minimum of two is then too large by at most .28 τ, a
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from interp.errors import InputError
-from interp.flow.positions import Sources, check_capacity, check_sources, check_targets, membership
+from interp.flow.positions import Sources, check_capacity, check_sources, check_targets
 
 BIASES = ("entropy", "count", "none")
 
@@ -59,6 +60,8 @@ def widest_path(
     """
     _, length = check_capacity(capacity)
     chosen, groups = check_targets(targets, length), check_sources(sources, length)
+    if not torch.is_grad_enabled():  # then no narrowest edge is kept
+        capacity = capacity.detach()
     flat = capacity.reshape(-1, *capacity.shape[-3:])
     width = flat[:, -1, chosen]
     for layer in range(flat.shape[1] - 2, -1, -1):
@@ -141,16 +144,16 @@ def soft_widest_path(
             width, open_ = checkpoint(_soft_layer, width, open_, flat[:, layer], temperature, bias, use_reentrant=False)
         else:
             width, open_ = _soft_layer(width, open_, flat[:, layer], temperature, bias)
-    member = membership(groups, length, width).bool()
-    among = open_[:, :, None] & member  # (batch, target, source, position)
-    pooled = _soft_maximum(width[:, :, None].expand(among.shape), among, temperature, bias)
+    pooled = torch.stack(
+        [_soft_maximum(width[..., list(group)], open_[..., list(group)], temperature, bias) for group in groups], -1
+    )
     return pooled.reshape(*capacity.shape[:-3], len(chosen), len(groups))
 
 
 def _soft_layer(width: Tensor, open_: Tensor, below: Tensor, temperature: float, bias: str) -> tuple[Tensor, Tensor]:
     """One layer down: (batch, target, position) widths, and whether there is a path at all."""
     batch, length = below.shape[0], below.shape[-1]
-    rows = max(1, max(length**2, 2**18) // (batch * length**2))  # targets at a time
+    rows = max(1, max(length**2, 2**18) // max(1, batch * length**2))  # targets at a time
     widths, opens = [], []
     for start in range(0, width.shape[1], rows):
         above = width[:, start : start + rows, :, None].expand(-1, -1, -1, length)
@@ -177,7 +180,7 @@ def _soft_maximum(values: Tensor, among: Tensor, temperature: float, bias: str) 
         return (scaled.softmax(-1) * values).sum(-1) * some
     highest = temperature * scaled.logsumexp(-1)
     if bias == "count":
-        highest = highest - temperature * among.sum(-1).clamp(min=1).log()
+        highest = highest - temperature * among.sum(-1).clamp(min=1).to(values.dtype).log()
     return torch.where(some, highest, torch.zeros_like(highest))
 
 
