@@ -1,7 +1,8 @@
-"""The command line: `interp neurons|sinks|report|resources …`. A thin shell that imports nothing heavy until a command runs.
+"""The command line: `interp neurons|sinks|flow|report|resources …`.
 
-Progress goes to stderr; a readable table, or JSON with `--json`, goes to stdout. Errors that interp raises on purpose end
-the command with their message and exit status 1, Ctrl-C with 130.
+A thin shell that imports nothing heavy until a command runs. Progress goes to stderr; a readable table, or JSON with
+`--json`, goes to stdout. Errors that interp raises on purpose end the command with their message and exit status 1,
+Ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from interp.cli_flow import flow
 from interp.cli_shared import (
     DEFAULT_MODEL,
     DeviceOption,
@@ -28,7 +30,8 @@ from interp.cli_sinks import sinks
 from interp.errors import InputError, InterpError
 
 app = typer.Typer(
-    help="Mechanistic interpretability of transformers: which neurons hold which concept, and which heads are sinks.",
+    help="Mechanistic interpretability of transformers: which neurons hold which concept, which heads are sinks, "
+    "and what reaches the output through attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -40,6 +43,7 @@ neurons = typer.Typer(
 resources = typer.Typer(help="Pinned models and corpora that come from package registries.", no_args_is_help=True)
 app.add_typer(neurons, name="neurons")
 app.add_typer(sinks, name="sinks")
+app.command("flow")(flow)
 app.add_typer(resources, name="resources")
 
 SiteOption = Annotated[str, typer.Option("--site", help="up, gate or down.")]
