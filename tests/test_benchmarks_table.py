@@ -1,14 +1,19 @@
-"""The benchmark's rows: `met` follows from ratio and target, the file has the promised keys, the table shows every row."""
+"""The benchmark's rows: `met` follows from ratio and target, the file has the promised keys, the table shows every row.
+
+And what computes in it: paired times, growth exponents.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks.table import KEYS, Row, merged, read_rows, render, write_rows
-from benchmarks.timing import Times, interleave, ratio_of
+from benchmarks.timing import Times, growth_exponent, interleave, quickest, ratio_of
 
 
 def row(**changes: Any) -> Row:
@@ -27,9 +32,11 @@ def row(**changes: Any) -> Row:
         (None, "< 1", None),
         (float("nan"), "< 1", None),
         (float("inf"), "< 1", None),
+        (0.5, None, None),
+        (None, None, None),
     ],
 )
-def test_met_follows_from_ratio_and_target(ratio: float | None, target: str, met: bool | None) -> None:
+def test_met_follows_from_ratio_and_target(ratio: float | None, target: str | None, met: bool | None) -> None:
     assert row(ratio=ratio, target=target).met is met
 
 
@@ -78,6 +85,22 @@ def test_table_shows_figures_range_and_notes() -> None:
     assert "2 layers; one note" in text
 
 
+def test_a_figure_without_a_target_is_shown_and_judged_by_nothing() -> None:
+    bare = row(name="long", against="–", ratio=None, target=None, ours=12.5, unit="s").as_dict()
+    assert (bare["target"], bare["met"], bare["ratio"]) == (None, None, None)
+    line = next(line for line in render([bare]).splitlines() if "long" in line)
+    assert "12.50 s" in line
+    assert line.split()[-3:] == ["–", "–", "–"]  # ratio, target, met; the range is empty
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.00412, "0.0041"), (0.0123, "0.012"), (0.0, "0.000"), (7.8e-5, "7.8e-05")]
+)
+def test_small_ratios_keep_two_digits(value: float, shown: str) -> None:
+    line = next(line for line in render([row(ratio=value).as_dict()]).splitlines() if line.startswith("neurons"))
+    assert shown in line.split()
+
+
 def test_cases_run_in_turn_and_every_second_round_backwards() -> None:
     calls: list[str] = []
     times = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3)
@@ -90,3 +113,17 @@ def test_ratio_is_the_median_of_the_pairs() -> None:
     assert (figures["ratio"], figures["lowest"], figures["highest"], figures["repeats"]) == (1.5, 0.5, 2.0, 3)
     assert (figures["ours"], figures["theirs"], figures["unit"]) == (3.0, 2.0, "s")
     assert figures["more"] == {"ratio_of_processor_time": 0.5}
+
+
+def test_growth_exponent_is_the_slope_of_the_largest_sizes() -> None:
+    sizes = [1, 2, 4, 8, 16]
+    assert growth_exponent(sizes, [5.0, 5.0, *(0.1 * size**2.5 for size in sizes[2:])]) == pytest.approx(2.5)
+    assert growth_exponent(sizes[::-1], [0.1 * size**2.5 for size in sizes[:1:-1]] + [5.0, 5.0]) == pytest.approx(2.5)
+    assert growth_exponent([8, 16], [1.0, 4.0]) == pytest.approx(2)
+    assert math.isnan(growth_exponent([8], [1.0]))
+
+
+def test_quickest_is_the_least_of_the_calls_and_calls_once_at_least() -> None:
+    waits = iter([0.02, 0.002, 0.02])
+    assert 0.002 <= quickest(lambda: time.sleep(next(waits)), seconds=10, most=3) < 0.02
+    assert quickest(lambda: time.sleep(0.002), seconds=0) >= 0.002

@@ -21,7 +21,17 @@ from typing import Any
 from tests.benchmarks.memory import ROOT
 from tests.benchmarks.table import merged, read_rows, render, write_rows
 
-SUBJECTS = ("imports", "generation", "decoding", "activations", "checkpoint", "sink_scan", "bigram_generator")
+SUBJECTS = (
+    "imports",
+    "generation",
+    "decoding",
+    "activations",
+    "checkpoint",
+    "sink_scan",
+    "bigram_generator",
+    "flow_solvers",
+    "flow_growth",
+)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Rows of the benchmark: what is compared with what, the printed table, and reports/bench.json.
 
-A ratio is ours divided by theirs, so less is better, and `met` is computed from the ratio and the target alone. The file is
-a list of rows with the keys suite, name, against, ratio, target, met (`ratio` and `met` are null where nothing was measured)
-and more about how they came about.
+A ratio is ours divided by theirs, so less is better, and `met` is computed from the ratio and the target alone. The file
+is a list of rows with the keys suite, name, against, ratio, target, met (`ratio` and `met` are null where nothing was
+measured, `target` and `met` where a figure is only printed) and more about how they came about.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Row:
         subject: the module that measured it.
         name, against: what was measured, and what it is compared with.
         ratio: ours / theirs, or `None` if it was not measured.
-        target: "<= 1.15" or "< 1".
+        target: "<= 1.15" or "< 1"; `None` for a figure that is printed without one.
         lowest, highest: range of the ratio over the repeats.
         repeats: how many pairs the ratio comes from.
         ours, theirs: the two figures, in `unit`.
@@ -48,7 +48,7 @@ class Row:
     name: str
     against: str
     ratio: float | None
-    target: str
+    target: str | None
     lowest: float | None = None
     highest: float | None = None
     repeats: int | None = None
@@ -61,13 +61,13 @@ class Row:
     more: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not _TARGET.fullmatch(self.target):
+        if self.target is not None and not _TARGET.fullmatch(self.target):
             raise ValueError(f"target {self.target!r}; expected something like '<= 1.15' or '< 1'")
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio reaches the target; `None` if there is no ratio."""
-        if self.ratio is None or not math.isfinite(self.ratio):
+        """Whether the ratio reaches the target; `None` if there is no ratio or no target."""
+        if self.target is None or self.ratio is None or not math.isfinite(self.ratio):
             return None
         match = _TARGET.fullmatch(self.target)
         assert match is not None
@@ -135,7 +135,7 @@ def render(rows: Sequence[dict[str, Any]], width: int = 150) -> str:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     unit = row.get("unit") or ""
     low, high = row.get("lowest"), row.get("highest")
-    met = {True: "yes", False: "NO", None: "not measured"}[row["met"]]
+    met = {True: "yes", False: "NO", None: "not measured"}[row["met"]] if row["target"] else "–"
     return (
         row["suite"],
         row["name"] + (" (quick)" if row.get("quick") else ""),
@@ -144,7 +144,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         _figure(row.get("theirs"), unit),
         _figure(row["ratio"], ""),
         "" if low is None or high is None else f"{_figure(low, '')}–{_figure(high, '')}",
-        row["target"],
+        row["target"] or "–",
         met,
     )
 
@@ -152,5 +152,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _figure(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g} {unit}".rstrip()
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
     return f"{value:,.{digits}f} {unit}".rstrip()

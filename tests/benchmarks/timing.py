@@ -6,13 +6,17 @@
 
 Wall time decides. The processor time of the same calls (all threads) gives a second ratio, which other programs on the
 machine disturb less.
+
+How a time grows has no pair: `quickest` is the least of several calls, which others on the machine disturb least, and
+`growth_exponent` the slope through the largest sizes.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,3 +73,21 @@ def ratio_of(ours: Times, theirs: Times) -> dict[str, Any]:
         "unit": "s",
         "more": {"ratio_of_processor_time": statistics.median(busy)} if busy else None,
     }
+
+
+def quickest(call: Callable[[], Any], seconds: float = 0.3, most: int = 1000) -> float:
+    """Least wall time of the calls that fit into `seconds`: one at least, `most` at most."""
+    times = Times()
+    end = time.perf_counter() + seconds
+    while not times.wall or (time.perf_counter() < end and len(times.wall) < most):
+        times.add(call)
+    return min(times.wall)
+
+
+def growth_exponent(sizes: Sequence[float], times: Sequence[float], n: int = 3) -> float:
+    """e of time ∝ size^e: the least-squares slope of the logarithms over the `n` largest sizes; NaN for one size."""
+    pairs = sorted(zip(sizes, times, strict=True))[-n:]
+    if len({size for size, _ in pairs}) < 2:
+        return math.nan
+    x, y = ([math.log(value) for value in column] for column in zip(*pairs, strict=True))
+    return statistics.linear_regression(x, y).slope
