@@ -64,9 +64,9 @@ def resampled_means(values: np.ndarray, n_resamples: int, seed: int) -> np.ndarr
     """(resample, …) means of texts drawn with replacement; NaN where there are fewer than two texts."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
-    flat = values.reshape(n, -1)
     if n < 2:
         return np.full((n_resamples, *values.shape[1:]), np.nan)
+    flat = values.reshape(n, -1)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
     return ((counts / n) @ flat).reshape(n_resamples, *values.shape[1:])
 

@@ -43,6 +43,8 @@ def test_bootstrap_difference_is_scipys() -> None:
 
 def test_one_text_has_no_interval() -> None:
     assert np.isnan(bootstrap_mean(np.array([[1.0, 2.0]]))).all()
+    assert np.isnan(bootstrap_mean(np.empty((0, 2)))).all()
+    assert np.isnan(bootstrap_mean(np.array([]))).all()
     assert np.isnan(bootstrap_difference(np.ones((1, 2)), np.ones((5, 2)))).all()
     assert np.isnan(permutation_test(np.ones((1, 2)), np.zeros((1, 2)))).all()
 
