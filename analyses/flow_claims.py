@@ -173,9 +173,9 @@ def length_claims(result: Result) -> list[Claim]:
     for method, paper in (
         (
             "widest",
-            "assumed by Vico, which reports no accuracy; random attention .3 – .6, SmolLM2 at 27 tokens −.15 (specification)",
+            "assumed by Vico, which reports no accuracy; random attention .3 – .6, SmolLM2 at 27 tokens −.15 (a first look)",
         ),
-        ("rollout", "random attention .83 – .90, SmolLM2 .85 (specification)"),
+        ("rollout", "random attention .83 – .90, SmolLM2 .85 (a first look)"),
     ):
         at = row(method, middle)
         interval = ends(at, "kendall")
@@ -198,7 +198,7 @@ def length_claims(result: Result) -> list[Claim]:
         Claim(
             "the widest path's share of the exact flow falls with length",
             OURS,
-            "random attention: .38 at 16 tokens, .14 at 128 (specification)",
+            "random attention: .38 at 16 tokens, .14 at 128 (a first look)",
             f"{series('widest', 'ratio')} tokens; random attention {series('widest', 'ratio', 'random')}; interval: at {long} "
             "tokens",
             interval,

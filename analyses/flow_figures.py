@@ -56,7 +56,7 @@ def by_depth(table: pd.DataFrame, correction: str, reference: str) -> Any:
                 line_dash="dash",
                 line_color=REFERENCE,
                 annotation_text=words,
-                annotation_position="top left",
+                annotation_position="top left" if method == "ceiling" else "bottom left",
             )
     drawn.add_hline(0.0, line_color=REFERENCE, line_width=1)
     return drawn

@@ -14,7 +14,16 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from analyses import bigram_backcopy, concept_editing, neuron_clamping, neuron_decoding, sink_heads
+from analyses import (
+    attention_flow,
+    bigram_backcopy,
+    concept_editing,
+    flow_equalisation,
+    neuron_clamping,
+    neuron_decoding,
+    sink_heads,
+    subject_verb_flow,
+)
 from interp import load_model
 from interp.cli import show
 from interp.errors import InterpError
@@ -45,6 +54,9 @@ def main(
             "bigram_backcopy",
             lambda folder: bigram_backcopy.run(folder, device=device or None, **bigram_backcopy.REPORT),
         ),
+        ("attention_flow", lambda folder: attention_flow.run(loaded, folder, **attention_flow.REPORT)),
+        ("subject_verb_flow", lambda folder: subject_verb_flow.run(loaded, folder, **subject_verb_flow.REPORT)),
+        ("flow_equalisation", lambda folder: flow_equalisation.run(loaded, folder, **flow_equalisation.REPORT)),
     ):
         began = time.perf_counter()
         sections.append(analysis(out / name))

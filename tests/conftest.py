@@ -11,7 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-import interp.neurons.vocabulary_cpu  # noqa: F401  numba cannot compile what the hook has wrapped
+# numba cannot compile what the hook has wrapped
+import interp.flow.push_relabel
+import interp.neurons.vocabulary_cpu  # noqa: F401
 
 _hook = install_import_hook(
     [
@@ -24,6 +26,10 @@ _hook = install_import_hook(
             "interp.sinks.losses",
         ),
         *("interp.sinks.ablated_runs", "interp.sinks.bigram_model", "interp.sinks.bigram_backcopy"),
+        *(
+            f"interp.flow.{name}"
+            for name in ("positions", "graph", "patterns", "exact", "widest", "rollout", "shapley")
+        ),
     ],
     "beartype.beartype",
 )
