@@ -10,6 +10,7 @@ _NAMES = {
     "influence": "influences",
     "edge_flows": "routes",
     "path": "routes",
+    "equalize": "equalization",
     "maximum_flow": "exact",
     "widest_path": "widest",
     "soft_widest_path": "widest",
@@ -19,8 +20,7 @@ _NAMES = {
     "flow_through_tokens": "shapley",
     "shapley_interval": "shapley",
 }
-# Whose further functions are reached as `interp.flow.equalize.…`.
-_MODULES = ("plots",)
+_MODULES = ("plots", "shapley")
 __all__ = [*_NAMES, *_MODULES]
 
 
