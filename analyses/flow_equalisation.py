@@ -19,6 +19,10 @@ Arms, each on the same prompts:
 What was chosen on the tuning prompts alone: step sizes (`choose`: of four per arm the one that mentions most while
 perplexity rises by at most a tenth), and prompts of which the embedded model names about half by itself: with three
 concepts, or asked for one sentence, it repeats the list. Everything else is measured on the test prompts.
+
+Measured by us on SmolLM2-135M-Instruct: the cut's gradient does make the maximum flows equal (smallest / mean .91 →
+.98), and answers name no more for it (56 → 55 % of concepts); the softened path's gradient raises the smallest flow,
+does not make flows equal, and what it adds (56 → 61 %) is within its interval.
 """
 
 from __future__ import annotations
@@ -36,7 +40,6 @@ from analyses.neuron_clamping import read_jsonl
 from interp import load_model
 from interp.cli import show
 from interp.flow.equalization import digest, equalize
-from interp.flow.equalize_plots import equalize as draw
 from interp.flow.equalized_arms import combine, differences, summary
 from interp.report import Section, write_report
 from interp.report.claims import claims_frame, write_claims
@@ -56,18 +59,19 @@ FLUENT = 1.1  # how much perplexity may rise
 SETTINGS: dict[str, Any] = {"steps": 8, "threshold": 0.99, "max_norm": 0.5, "temperature": 0.01}
 # Columns of the two tables of arms, and their headings.
 OUTCOMES = {
-    **{"arm": "arm", "n": "n", "mentioned": "named", "mentioned_low": "low", "mentioned_high": "high"},
-    **{"all_mentioned": "all named", "all_mentioned_low": "low ", "all_mentioned_high": "high "},
+    **{"arm": "arm", "n": "n", "mentioned": "named", "mentioned_low": "named from", "mentioned_high": "named to"},
+    **{"all_mentioned": "all named", "all_mentioned_low": "all from", "all_mentioned_high": "all to"},
     **{"perplexity": "perplexity", "norm": "‖δ‖ share", "steps": "steps"},
 }
 FLOWS = {
-    **{"arm": "arm", "min_flow_before": "least flow before", "min_flow": "after", "mean_flow_before": "mean before"},
-    **{"mean_flow": "after ", "evenness_before": "evenness before", "evenness": "after  "},
-    **{"own_min_flow_before": "own least before", "own_min_flow": "after   "},
-    **{"own_evenness_before": "own evenness before", "own_evenness": "after    "},
+    **{"arm": "arm", "min_flow_before": "least before", "min_flow": "least after"},
+    **{"mean_flow_before": "mean before", "mean_flow": "mean after"},
+    **{"evenness_before": "even before", "evenness": "even after"},
+    **{"own_min_flow_before": "own least before", "own_min_flow": "own least after"},
+    **{"own_evenness_before": "own even before", "own_evenness": "own even after"},
 }
 # What `make report` runs.
-REPORT: dict[str, Any] = {"n_prompts": 10, "arms": ("min exact",)}
+REPORT: dict[str, Any] = {"n_prompts": 8, "arms": ("min exact",)}
 
 
 def run(
@@ -115,12 +119,11 @@ def run(
         "the prompt's last position to the concept that has least of it; and after random perturbations of the same "
         "norm. Step sizes were chosen on other prompts. Intervals are over prompts, 95 %; differences are paired by "
         "prompt.\n\n"
-        "Flows are maximum flows in every arm; `own` is by the method that the arm ascends. Evenness: smallest / mean "
-        "flow of a prompt's concepts."
+        "Flows are maximum flows in every arm; `own` is by the method that the arm ascends; even: smallest / mean flow "
+        "of a prompt's concepts. Shares of concepts are means over prompts."
     )
-    changes = differences(result, baselines=("none", *(name for name in found if name.startswith("random"))))
     outcomes, flows = (table[list(names)].rename(columns=names) for names in (OUTCOMES, FLOWS))
-    items = [outcomes, changes, flows, draw(result), result, sample(result)]
+    items = [outcomes, differences(result), flows, result, sample(result)]
     return Section("Flow: equalised over the things a prompt names", text, items, claims)
 
 

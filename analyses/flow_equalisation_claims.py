@@ -111,7 +111,7 @@ def beats_variance(result: Result) -> Claim:
     return Claim(
         "ascending the smallest flow mentions more than ascending minus the variance of flows",
         VICO,
-        "min better than variance (ablation)",
+        None,
         f"{_row(result, 'min soft')['mentioned']:.1%} against {_row(result, 'variance soft')['mentioned']:.1%}, "
         f"difference {share['mean']:+.3f} (interval); all mentioned {_signed(whole)}",
         _interval(share),

@@ -66,6 +66,9 @@ def test_every_arm_is_compared_and_reused(model: Any, tmp_path: Path, monkeypatc
     arms = ["none", SOFT, EXACT, VARIANCE, f"random like {SOFT}", f"random like {EXACT}"]
     assert section.items[0]["arm"].tolist() == arms
     assert set(section.items[0]["n"]) == {3}
+    pairs = section.items[1][["arm", "baseline"]].drop_duplicates().values.tolist()
+    assert [SOFT, f"random like {SOFT}"] in pairs
+    assert [SOFT, f"random like {EXACT}"] not in pairs
     rows = json.loads((tmp_path / "claims.json").read_text())
     assert [list(row) for row in rows] == [KEYS] * 9
     assert {row["n"] for row in rows} == {3}
@@ -214,5 +217,5 @@ def test_a_single_prompt_supports_nothing_and_does_not_crash() -> None:
 def test_the_embedded_model_runs_the_short_analysis(embedded: Any, tmp_path: Path) -> None:
     section = flow_equalisation.run(embedded, tmp_path, n_prompts=2, arms=(EXACT,), steps=2, max_new_tokens=8)
     table = section.items[2].set_index("arm")
-    assert table.loc[EXACT, "after"] > table.loc[EXACT, "least flow before"]
-    assert table.loc["none", "after"] == table.loc["none", "least flow before"]
+    assert table.loc[EXACT, "least after"] > table.loc[EXACT, "least before"]
+    assert table.loc["none", "least after"] == table.loc["none", "least before"]

@@ -14,12 +14,12 @@ from interp.tokens import for_plotly
 
 # Outcome: colour, marker, name in the legend, where it stands in its arm's row.
 _OUTCOMES = {
-    "mentioned": (PALETTE[0], "circle", "share of a prompt's concepts named", -0.14),
-    "all_mentioned": (PALETTE[4], "diamond", "share of answers that name all", 0.14),
+    "mentioned": (PALETTE[0], "circle", "concepts named", -0.14),
+    "all_mentioned": (PALETTE[4], "diamond", "answers that name all", 0.14),
 }
 _FLOWS = {
-    "min_flow": (PALETTE[1], "square", "least of a prompt's concepts", -0.14),
-    "mean_flow": (PALETTE[2], "circle", "mean of a prompt's concepts", 0.14),
+    "min_flow": (PALETTE[1], "square", "least flow of a prompt", -0.14),
+    "mean_flow": (PALETTE[2], "circle", "mean flow of a prompt", 0.14),
 }
 
 
@@ -47,7 +47,7 @@ def equalize(result: Result) -> Any:
             row=1,
             col=1,
         )
-        changes = equalized_arms.differences(result, ("none",), (outcome,))
+        changes = equalized_arms.differences(result, (outcome,)).query("baseline == 'none'")
         if len(changes):
             at = [table["arm"].tolist().index(arm) for arm in changes["arm"]]
             drawn.add_scatter(

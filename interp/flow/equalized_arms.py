@@ -174,30 +174,27 @@ def difference(
     column, of = (f"{outcome}_before", arm) if baseline == "before" else (outcome, baseline)
     change = own - table.loc[named == of, column].to_numpy(dtype=float)
     low, high = bootstrap_mean(change, n_resamples, level, seed)
-    return {"mean": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
+    # Resampled means are zero up to rounding, and an interval that ends at zero should end there.
+    ends = {"mean": change.mean(), "low": low, "high": high}
+    return {**{name: round(float(value), 12) for name, value in ends.items()}, "n": len(change)}
 
 
-def differences(
-    result: Result,
-    baselines: tuple[str, ...] = ("none", "random"),
-    outcomes: tuple[str, ...] = ("mentioned", "all_mentioned", "nll"),
-) -> pd.DataFrame:
-    """Every arm against every baseline that is there.
+def differences(result: Result, outcomes: Sequence[str] = ("mentioned", "all_mentioned", "nll")) -> pd.DataFrame:
+    """Every arm against "none", and against the random directions of its own norms, where these arms are there.
 
     Args:
         result: what `combine` gave.
-        baselines: names of arms.
         outcomes: columns of `by_prompt`.
 
     Returns:
         arm, baseline, outcome, mean, low, high, n.
     """
     arms = list(dict.fromkeys(result.frame["arm"].astype(str)))
+    pairs = [(arm, baseline) for arm in arms for baseline in ("none", "random", f"random like {arm}") if arm != "none"]
     rows = [
         {"arm": arm, "baseline": baseline, "outcome": outcome, **difference(result, arm, baseline, outcome)}
-        for baseline in baselines
-        for arm in arms
+        for arm, baseline in pairs
         for outcome in outcomes
-        if arm not in (baseline, "none") and baseline in arms
+        if baseline in arms and baseline != arm
     ]
     return pd.DataFrame(rows, columns=["arm", "baseline", "outcome", "mean", "low", "high", "n"])

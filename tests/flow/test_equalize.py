@@ -467,13 +467,13 @@ def test_the_plot_shows_the_summary() -> None:
     result = combine([NONE, MIN])
     drawn = equalize_plots.equalize(result)
     rows = summary(result)
-    shares = next(trace for trace in drawn.data if trace.name == "share of a prompt's concepts named")
+    shares = next(trace for trace in drawn.data if trace.name == "concepts named")
     assert list(shares.x) == pytest.approx(rows["mentioned"].tolist())
     assert list(shares.error_x.array) == pytest.approx((rows["mentioned_high"] - rows["mentioned"]).tolist())
     change = difference(result, "min soft", "none")
     changes = next(trace for trace in drawn.data if trace.name == shares.name and trace.xaxis == "x2")
     assert [*changes.x, *changes.error_x.array] == pytest.approx([change["mean"], change["high"] - change["mean"]])
-    flows = [trace for trace in drawn.data if trace.name == "least of a prompt's concepts"]
+    flows = [trace for trace in drawn.data if trace.name == "least flow of a prompt"]
     assert [list(trace.x) for trace in flows] == [
         pytest.approx(rows["min_flow_before"].tolist()),
         pytest.approx(rows["min_flow"].tolist()),
