@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.flow.positions import check_targets, is_whole, listed
+from interp.flow.positions import check_targets, is_causal, is_whole, listed
 from interp.model import Model
 from interp.provenance import Provenance
 
@@ -201,7 +201,7 @@ def attention_graph(
     chosen = check_layers(layers, model.arch.n_layers)
     found = attention_of_texts(model, encoded, chosen, heads, capacity, max_tokens=max_tokens, progress=progress)
     provenance = Provenance.collect(model, parameters={**parameters, "layers": list(chosen)})
-    causal = model.arch.family.decoder and bool(all(not one[:, _behind(one.shape[-1])].any() for one in found))
+    causal = model.arch.family.decoder and all(is_causal(one) for one in found)
     graphs = [
         AttentionGraph(attention, residual, names(model, ids), tuple(chosen), causal, provenance)
         for attention, ids in zip(found, encoded, strict=True)
@@ -327,10 +327,6 @@ def _from_pattern(
     if tokens is not None and len(tokens) != length:
         raise InputError(f"{len(tokens)} tokens were given for a pattern of {length} positions")
     named = tuple(tokens) if tokens is not None else tuple(str(at) for at in range(length))
-    causal = not bool(attention.detach()[:, _behind(length)].any())
+    causal = is_causal(attention)
     provenance = Provenance.collect(model, parameters={**parameters, "layers": chosen})
     return AttentionGraph(attention, residual, named, tuple(chosen), causal, provenance)
-
-
-def _behind(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
