@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Self
 
@@ -97,7 +98,7 @@ class Provenance:
             device=attribute("device"),
             seed=None if seed is None else int(seed),
             parameters=dict(parameters or {}),
-            versions=_versions(),
+            versions=dict(_versions()),
             command=_command(sys.argv),
             wall_time=float(wall_time),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -141,6 +142,7 @@ def as_json(value: Any, what: str) -> Any:
     raise InputError(f"{what}: a {type(value).__name__} cannot be saved as JSON; give a string, number, list or dict")
 
 
+@cache
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -165,8 +165,24 @@ def solve_flows(
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
+    return Solution(rounded_down(solver.flow, exponent), _rounding_error(whole, causal, exponent), solver.side)
+
+
+def rounding_error(capacity: Float[Tensor, "layer query key"]) -> float:
+    """How much too small an exact flow through these capacities can be, in their unit; see the module docstring, 1.
+
+    Example:
+        >>> rounding_error(torch.ones(30, 128, 128).tril() / 128) < 1e-9
+        True
+    """
+    whole, exponent = whole_numbers(capacity)
+    return _rounding_error(whole, is_causal(capacity), exponent)
+
+
+def _rounding_error(whole: np.ndarray, causal: bool, exponent: int) -> float:
+    n_layers, length, _ = whole.shape
     edges = n_layers * (length * (length + 1) // 2 if causal else length**2)
-    return Solution(rounded_down(solver.flow, exponent), math.ldexp(edges + _LOST, -exponent), solver.side)
+    return math.ldexp(edges + _LOST, -exponent)
 
 
 def flow_on_edges(

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.flow.exact import maximum_flow
+from interp.flow.exact import maximum_flow, rounding_error
 from interp.flow.graph import AttentionGraph, with_residual
 from interp.flow.positions import Sources, check_sources, check_targets, listed
 from interp.flow.rollout import attention_rollout, column_bound, layer_bound
@@ -89,7 +89,8 @@ def attention_flow(
 
     Returns:
         A `Result` of kind "flow.attention_flow" with `FLOW_COLUMNS`: one row per text, method, target and source. A
-        source behind its target has flow 0 under causal attention. The attachment "tokens" holds every text's tokens.
+        source behind its target has flow 0 under causal attention. The attachment "tokens" holds every text's tokens;
+        the parameter "rounding_error" says how much too small an exact flow can be, before a correction.
 
     Raises:
         InputError: an unknown method or correction, a position out of range, no graph.
@@ -110,8 +111,10 @@ def attention_flow(
     if unknown or not methods:
         raise InputError(f"method={unknown[0] if unknown else methods!r}; expected one of {', '.join(METHODS)}")
     options: dict[str, Any] = {"correction": correction, "sinks": sinks, "temperature": temperature, "bias": bias}
-    frames = []
+    frames, rounding = [], 0.0
     for text, one in enumerate(graphs):
+        if "exact" in methods:
+            rounding = max(rounding, rounding_error(one.capacity))
         chosen, groups = check_targets(targets, len(one)), check_sources(sources, len(one))
         names = ["".join(one.tokens[at] for at in group) for group in groups]
         for name in methods:
@@ -142,6 +145,8 @@ def attention_flow(
         "n_texts": len(graphs),
         "n_layers": first.n_layers,
     }
+    if "exact" in methods:
+        parameters["rounding_error"] = rounding
     provenance = dataclasses.replace(first.provenance, parameters=parameters, wall_time=time.perf_counter() - start)
     attachments = {"tokens": [list(one.tokens) for one in graphs]}
     return Result("flow.attention_flow", pd.concat(frames, ignore_index=True), FLOW_COLUMNS, provenance, attachments)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InputError
-from interp.flow.exact import flow_on_edges
+from interp.flow.exact import flow_on_edges, rounding_error
 from interp.flow.graph import AttentionGraph
 from interp.flow.positions import check_sources, check_targets
 from interp.results import Column, Result
@@ -86,7 +86,7 @@ def edge_flows(graph: AttentionGraph, target: int = -1, source: int | Sequence[i
         }
     )
     total = float(flow[-1, target].sum())
-    about = {"target": target, "source": list(group), "flow": total}
+    about = {"target": target, "source": list(group), "flow": total, "rounding_error": rounding_error(capacity)}
     return Result("flow.edge_flows", frame, EDGE_COLUMNS, _provenance(graph, start, about), _attached(graph))
 
 

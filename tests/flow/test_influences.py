@@ -19,12 +19,14 @@ from interp.flow import (
     attention_graph,
     attention_rollout,
     column_bound,
+    edge_flows,
     influence,
     layer_bound,
     maximum_flow,
     soft_widest_path,
     widest_path,
 )
+from interp.flow.exact import solve_flows
 from interp.flow.graph import AttentionGraph
 from interp.flow.influences import CORRECTIONS, FLOW_COLUMNS, METHODS
 
@@ -265,3 +267,13 @@ def test_real_model(embedded: Any) -> None:
     assert (found["exact"].triu(1) == 0).all()
     assert (maximum_flow(graph.capacity, None, [range(len(graph))]) - 1).abs().max() < 1e-5
     assert math.isclose(influence(graph.below(1))[-1, 0].item(), graph.capacity[0, -1, 0].item(), rel_tol=1e-5)
+
+
+def test_the_rounding_error_is_reported_with_exact_flows() -> None:
+    weights = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)).tril() + 1e-3 * torch.eye(6)
+    graph = attention_graph(weights / weights.sum(-1, keepdim=True))
+    solved = solve_flows(graph.capacity, [5], [(position,) for position in range(6)])
+    made = attention_flow(graph, method=["exact", "bound"]).provenance.parameters
+    assert made["rounding_error"] == solved.rounding_error > 0
+    assert "rounding_error" not in attention_flow(graph, method="bound").provenance.parameters
+    assert edge_flows(graph, -1, 0).provenance.parameters["rounding_error"] == solved.rounding_error
