@@ -14,6 +14,7 @@ claim · paper · ours and writes a report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,10 +166,9 @@ def score_table(table: pd.DataFrame, depth: int, reference: str) -> pd.DataFrame
     )
     wide = wide.reindex(index=order, columns=["none", "uniform", "drop_sink"]).fillna("–")
     wide.columns = [flow_figures.CORRECTED[name] for name in wide.columns]
-    counts = rows[rows["correction"] == "none"].set_index("method")["n"].reindex(order)
-    return (
-        wide.reset_index().rename(columns={"method": f"score (Spearman with {reference})"}).assign(n=counts.to_numpy())
-    )
+    counts = rows[rows["correction"] == "none"].set_index("method")["n"].reindex(order).to_numpy()
+    named = wide.rename(index={"ceiling": "blank-out by a comma", "position": "position alone"}).reset_index()
+    return named.rename(columns={"method": f"score (Spearman with {reference})"}).assign(n=counts)
 
 
 def partial_table(partial: pd.DataFrame, follows: pd.DataFrame, depth: int) -> pd.DataFrame:
@@ -194,6 +194,8 @@ def partial_table(partial: pd.DataFrame, follows: pd.DataFrame, depth: int) -> p
 
 
 def _interval(row: dict[Any, Any]) -> str:
+    if not math.isfinite(row["low"]):  # of a single sentence
+        return "–" if math.isnan(row["mean"]) else f"{row['mean']:.2f}"
     return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 

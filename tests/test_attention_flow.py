@@ -291,7 +291,7 @@ def test_figures_show_what_the_tables_say() -> None:
     times = flow_figures.time_against_length(lengths)
     assert list(times.data[0].y) == [10.0, 10.0, 10.0]
     cells = attention_flow.score_table(table, 6, "blank-out")
-    assert cells.iloc[0, 0] == "ceiling"
+    assert cells.iloc[0, 0] == "blank-out by a comma"
     assert cells.set_index(cells.columns[0]).loc["exact", "no correction"].startswith("0.7")
 
 
