@@ -87,10 +87,13 @@ def run(
     items: list[Any] = [
         answers(claims),
         score_table(by_score, max(depths), "blank-out"),
+        score_table(means(made, "kendall"), max(depths), "blank-out", "Kendall's τ"),
+        depth_table(by_score, "blank-out"),
         flow_figures.by_depth(by_score, "none", "blank-out"),
         flow_figures.by_depth(by_score, "uniform", "blank-out"),
         partial_table(means(made, "partial"), means(made, "with_position"), max(depths)),
         score_table(by_score, max(depths), "gradient"),
+        depth_table(by_score, "gradient"),
         flow_figures.by_depth(by_score, "none", "gradient"),
         flow_figures.by_graph(by_score, "blank-out"),
         stand_in_table(by_length),
@@ -135,11 +138,13 @@ def answers(claims: Sequence[Claim]) -> pd.DataFrame:
     asked = {
         "is the widest path a usable stand-in for the maximum flow?": "the widest path ranks",
         "is exact flow worth its cost over rollout?": f"{over_rollout} {plain}",
-        "is it, once both are divided by what uniform attention gives?": f"{over_rollout} {divided}",
+        "is it, both against uniform attention and with position held constant?": f"{over_rollout} {divided}",
         "is exact flow worth its cost over the trivial bound?": f"{over_bound} {plain}",
-        "is it worth it over that bound, divided likewise?": f"{over_bound} {divided}",
-        "is it worth it over the bound by its narrowest layer, divided likewise?": f"{narrowest} {divided}",
+        "is it worth it over that bound, likewise?": f"{over_bound} {divided}",
+        "is it worth it over the bound by its narrowest layer, likewise?": f"{narrowest} {divided}",
         "is there anything in the flow beyond its narrowest layer?": "the maximum flow is what",
+        "does the flow say anything that a token's position does not?": "exact flow says something",
+        "does it on contributions instead of attention?": "exact flow on contributions says something",
     }
     rows = []
     for question, begins in asked.items():
@@ -153,8 +158,20 @@ def answers(claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def score_table(table: pd.DataFrame, depth: int, reference: str) -> pd.DataFrame:
-    """Spearman of every score on the whole depth, mean [interval], a column per correction."""
+def depth_table(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Spearman by depth, mean [interval], a row per score and correction; heads averaged."""
+    rows = table[(table["reference"] == reference) & (table["graph"] == "mean")]
+    rows = rows[~((rows["method"] == "raw") & (rows["correction"] != "none"))]  # the same ranking
+    cells = rows.assign(cell=[_interval(row) for row in rows.to_dict("records")])
+    wide = cells.pivot(index=["method", "correction"], columns="n_layers", values="cell")
+    wide = wide.reindex(rows.drop_duplicates(["method", "correction"]).set_index(["method", "correction"]).index)
+    wide.columns = [f"{depth} layers" if depth > 1 else "1 layer" for depth in wide.columns]
+    frame = wide.reset_index().rename(columns={"method": f"score (Spearman with {reference})"})
+    return frame.assign(correction=frame["correction"].map(flow_figures.CORRECTED), n=int(rows["n"].max()))
+
+
+def score_table(table: pd.DataFrame, depth: int, reference: str, statistic: str = "Spearman") -> pd.DataFrame:
+    """Correlation of every score on the whole depth, mean [interval], a column per correction."""
     rows = table[
         (table["reference"] == reference) & (table["n_layers"].isin([0, depth])) & table["graph"].isin(["", "mean"])
     ]
@@ -168,7 +185,7 @@ def score_table(table: pd.DataFrame, depth: int, reference: str) -> pd.DataFrame
     wide.columns = [flow_figures.CORRECTED[name] for name in wide.columns]
     counts = rows[rows["correction"] == "none"].set_index("method")["n"].reindex(order).to_numpy()
     named = wide.rename(index={"ceiling": "blank-out by a comma", "position": "position alone"}).reset_index()
-    return named.rename(columns={"method": f"score (Spearman with {reference})"}).assign(n=counts)
+    return named.rename(columns={"method": f"score ({statistic} with {reference})"}).assign(n=counts)
 
 
 def partial_table(partial: pd.DataFrame, follows: pd.DataFrame, depth: int) -> pd.DataFrame:

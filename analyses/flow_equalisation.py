@@ -17,12 +17,8 @@ Arms, each on the same prompts:
     random like …   random directions with the norms of that arm's perturbation, position by position
 
 What was chosen on the tuning prompts alone: step sizes (`choose`: of four per arm the one that mentions most while
-perplexity rises by at most a tenth), and prompts of which the embedded model names about half by itself: with three
-concepts, or asked for one sentence, it repeats the list. Everything else is measured on the test prompts.
-
-Measured by us on SmolLM2-135M-Instruct: the cut's gradient does make the maximum flows equal (smallest / mean .91 →
-.98), and answers name no more for it (56 → 55 % of concepts); the softened path's gradient raises the smallest flow,
-does not make flows equal, and what it adds (56 → 61 %) is within its interval.
+perplexity rises by at most a tenth), and prompts of which the embedded model names about half by itself. Everything else
+is measured on the test prompts.
 """
 
 from __future__ import annotations
@@ -120,7 +116,8 @@ def run(
         "norm. Step sizes were chosen on other prompts. Intervals are over prompts, 95 %; differences are paired by "
         "prompt.\n\n"
         "Flows are maximum flows in every arm; `own` is by the method that the arm ascends; even: smallest / mean flow "
-        "of a prompt's concepts. Shares of concepts are means over prompts."
+        "of a prompt's concepts. Shares of concepts are means over prompts. `python -m analyses.flow_equalisation` runs all "
+        "48 prompts and every arm."
     )
     outcomes, flows = (table[list(names)].rename(columns=names) for names in (OUTCOMES, FLOWS))
     items = [outcomes, differences(result), flows, result, sample(result)]

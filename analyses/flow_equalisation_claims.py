@@ -93,7 +93,6 @@ def fluent(result: Result, arm: str) -> Claim:
     change = difference(result, arm, "none", "nll")
     plain, row = _row(result, "none"), _row(result, arm)
     ratio = {key: math.exp(min(change[key], 700.0)) for key in ("mean", "low", "high")}
-    high = ratio["mean"] if math.isnan(ratio["high"]) else ratio["high"]
     return Claim(
         f"{arm}: fluency is kept (perplexity of the answer, by the untouched model, at most {WORSE - 1:.0%} higher)",
         "ours",
@@ -101,7 +100,7 @@ def fluent(result: Result, arm: str) -> Claim:
         f"{plain['perplexity']:.2f} → {row['perplexity']:.2f}, {ratio['mean']:.2f} times (interval)",
         None if math.isnan(ratio["low"]) else (ratio["low"], ratio["high"]),
         int(change["n"]),
-        bool(high <= WORSE),
+        None if math.isnan(ratio["high"]) else bool(ratio["high"] <= WORSE),
     )
 
 
@@ -129,9 +128,9 @@ def _interval(change: dict[str, float]) -> tuple[float, float] | None:
     return None if math.isnan(change["low"]) else (change["low"], change["high"])
 
 
-def _above(change: dict[str, float]) -> bool:
-    """By the interval; a single prompt, which has none, supports nothing."""
-    return bool(change["low"] > 0)
+def _above(change: dict[str, float]) -> bool | None:
+    """By the interval; a single prompt, which has none, tests nothing."""
+    return None if math.isnan(change["low"]) else bool(change["low"] > 0)
 
 
 def _signed(change: dict[str, float]) -> str:

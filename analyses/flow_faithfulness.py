@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -271,7 +270,7 @@ def faithfulness(
 def scores(graph: AttentionGraph, correction: str = "none") -> dict[str, np.ndarray]:
     """{method: (position) score at the last position}; raw attention first."""
     if correction == "uniform":  # what `influence` does, with the denominators kept
-        plain, expected = scores(graph), _uniform_scores(graph.n_layers, len(graph), graph.causal, graph.residual)
+        plain, expected = scores(graph), _uniform_scores(graph)
         return {
             name: np.divide(score, expected[name], out=np.full(len(score), np.nan), where=expected[name] > 0)
             for name, score in plain.items()
@@ -283,11 +282,16 @@ def scores(graph: AttentionGraph, correction: str = "none") -> dict[str, np.ndar
     return found
 
 
-@cache
-def _uniform_scores(n_layers: int, length: int, causal: bool, residual: str) -> dict[str, np.ndarray]:
-    pattern = torch.ones(n_layers, length, length)
-    pattern = pattern.tril() if causal else pattern
-    return scores(attention_graph(pattern / pattern.sum(-1, keepdim=True), residual=residual))
+def _uniform_scores(graph: AttentionGraph) -> dict[str, np.ndarray]:
+    uniform = graph.uniform()
+    key = (uniform.n_layers, len(uniform), float(uniform.capacity[0, -1, -1]))
+    if key not in _KEPT:
+        _KEPT[key] = scores(uniform)
+    return _KEPT[key]
+
+
+# Scores of uniform attention by layers, length, and what the last position gives itself, which tells graphs apart.
+_KEPT: dict[tuple[int, int, float], dict[str, np.ndarray]] = {}
 
 
 def rank_correlations(scores: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

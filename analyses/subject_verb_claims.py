@@ -81,7 +81,7 @@ def ranks(pairs: pd.DataFrame, n_layers: int) -> list[Claim]:
         claims.append(
             Claim(
                 f"{name} finds the subject: ranks it above the attractor more often than position alone (50 %)",
-                ABNAR if paper else "ours",
+                ABNAR if paper and method != "raw" else "ours",
                 paper,
                 f"balanced accuracy {_share(values.mean())}: {_orders(rows)}; {n_layers} layers",
                 _interval(values),

@@ -14,8 +14,8 @@ model reads the beginning of a sentence, and the scores are those at its last po
    over both nouns of (subject − attractor) / (subject + attractor), and the share of pairs where it is above 0. The
    words around the nouns change with the roles, so a score may rise without knowing them: what layer 0 takes from the
    noun and what the target's own row gives to positions from it on are the controls.
-5. Pairs are the unit of every interval. Where a depth, a correction or a head is chosen, it is on one half of the
-   pairs, and what is printed is from the other.
+5. Pairs are the unit of intervals; sentences are where the model's accuracy or a share of sentences is meant (Wilson).
+   Where a depth, a correction or a head is chosen, it is on one half of the pairs, and what is printed is from the other.
 """
 
 from __future__ import annotations

@@ -131,7 +131,9 @@ def test_sentences_are_cut_before_a_word(embedded: Any) -> None:
         flow_faithfulness.sentences(embedded, 10, start="<|endoftext|>", shortest=120, longest=130)
 
 
-def made_up(values: dict[tuple[str, str, str], float], n: int = 12, seed: int = 0) -> Result:
+def made_up(
+    values: dict[tuple[str, str, str], float], n: int = 12, seed: int = 0, position: float = 0.1, graph: str = "mean"
+) -> Result:
     """Correlations with given means for (method, correction, reference), a little noise beside them."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -142,7 +144,7 @@ def made_up(values: dict[tuple[str, str, str], float], n: int = 12, seed: int = 
                 {
                     "text": text,
                     "n_tokens": 9,
-                    "graph": "" if alone else "mean",
+                    "graph": "" if alone else graph,
                     "n_layers": 0 if alone else 6,
                     "method": method,
                     "correction": correction,
@@ -150,7 +152,7 @@ def made_up(values: dict[tuple[str, str, str], float], n: int = 12, seed: int = 
                     "spearman": mean + 0.05 * rng.normal(),
                     "kendall": mean / 2,
                     "partial": mean + 0.05 * rng.normal(),
-                    "with_position": -0.5,
+                    "with_position": position + 0.05 * rng.normal(),
                 }
             )
     frame = pd.DataFrame(rows)
@@ -169,14 +171,24 @@ def flow_values(**changes: float) -> dict[tuple[str, str, str], float]:
 
 
 def test_claims_on_faithfulness_hold_where_they_do() -> None:
-    good = flow_values(exact=0.7, exact_uniform=0.9, rollout=0.5, raw=0.1, bound=0.2, layer_bound=0.6, position=0.3)
+    good = flow_values(
+        exact=0.7,
+        exact_uniform=0.9,
+        rollout_uniform=0.4,
+        bound_uniform=0.2,
+        rollout=0.5,
+        raw=0.1,
+        bound=0.2,
+        layer_bound=0.3,
+        position=0.3,
+    )
     claims = flow_claims.faithfulness_claims(made_up(good), 6)
     assert all(claim.holds for claim in claims)
-    assert len(claims) == 13
+    assert len(claims) == 13  # without contributions
     assert claims[1].interval is not None
     assert 0.5 < claims[1].interval[0] < claims[1].interval[1] < 0.7
     bad = flow_values(exact=-0.4, exact_uniform=-0.5, rollout=-0.2, raw=-0.05, bound=0.3, position=0.6)
-    assert not any(claim.holds for claim in flow_claims.faithfulness_claims(made_up(bad), 6))
+    assert not any(claim.holds for claim in flow_claims.faithfulness_claims(made_up(bad, position=-0.9), 6))
     # A difference that is there, and too small to pay for.
     small = flow_claims.faithfulness_claims(made_up(flow_values(exact=0.33, rollout=0.30), n=400), 6)
     (worth,) = [
@@ -185,11 +197,22 @@ def test_claims_on_faithfulness_hold_where_they_do() -> None:
     assert worth.interval is not None
     assert worth.interval[0] > 0
     assert worth.holds is False
+    # Contributions have claims of their own, and sentences whose ranking is position's are counted.
+    result = made_up(good)
+    more = made_up(good, graph="contribution").frame.query("graph == 'contribution'")
+    frame = pd.concat([result.frame.astype({"graph": str}), more.astype({"graph": str})])
+    frame.loc[(frame["graph"] == "contribution") & (frame["text"] < 5), "partial"] = np.nan
+    both = flow_claims.faithfulness_claims(Result(result.kind, frame, result.columns, result.provenance), 6)
+    assert len(both) == 15
+    assert "in 5 of 12 sentences" in str(both[-1].ours)
+    assert both[-1].n == 7
     one = flow_claims.faithfulness_claims(made_up(good, n=1), 6)
     assert all(claim.holds is None for claim in one)
 
 
-def lengths_made_up(widest: float, rollout: float, equal: float, ratios: tuple[float, ...]) -> Result:
+def lengths_made_up(
+    widest: float, rollout: float, equal: float, ratios: tuple[float, ...], seconds: float = 0.01
+) -> Result:
     rng = np.random.default_rng(0)
     rows = []
     for attention in ("model", "random"):
@@ -200,6 +223,7 @@ def lengths_made_up(widest: float, rollout: float, equal: float, ratios: tuple[f
                 ("bound", 0.8),
                 ("layer_bound", 1.0),
                 ("exact", 1.0),
+                ("soft τ=0.01 entropy", 0.5),
             ):
                 for text in range(8):
                     rows.append(
@@ -211,19 +235,25 @@ def lengths_made_up(widest: float, rollout: float, equal: float, ratios: tuple[f
                             "ratio": ratio + 0.01 * rng.normal(),
                             "kendall": kendall + 0.01 * rng.normal(),
                             "equal": equal,
-                            "seconds": 0.01,
+                            "seconds": seconds,
                         }
                     )
     return Result("flow.against_exact", pd.DataFrame(rows), flow_lengths.LENGTH_COLUMNS, Provenance(parameters={}))
 
 
 def test_claims_on_stand_ins_go_either_way() -> None:
-    yes = flow_claims.length_claims(lengths_made_up(0.95, 0.9, 1.0, (0.6, 0.4, 0.2)))
-    assert [claim.holds for claim in yes] == [True, True, True, True]
+    yes = flow_claims.length_claims(lengths_made_up(0.95, 0.9, 1.0, (0.6, 0.4, 0.2), seconds=2.0))
+    assert [claim.holds for claim in yes] == [True, True, True, True, None, True]
     no = flow_claims.length_claims(lengths_made_up(-0.2, 0.7, 0.9, (0.2, 0.2, 0.2)))
-    assert [claim.holds for claim in no] == [False, False, False, False]
-    answered = attention_flow.answers([*yes, *flow_claims.faithfulness_claims(made_up(flow_values(exact=0.9)), 6)])
-    assert list(answered["answer"]) == ["yes"] * 6 + ["no"]
+    assert [claim.holds for claim in no] == [False, False, False, False, None, False]
+    values = flow_values(exact=0.9)
+    made = [made_up(values), made_up(values, graph="contribution")]
+    frame = pd.concat([one.frame.astype({"graph": str}) for one in made]).drop_duplicates(
+        ["text", "graph", "method", "correction", "reference"]
+    )
+    result = Result(made[0].kind, frame, made[0].columns, made[0].provenance)
+    answered = attention_flow.answers([*yes, *flow_claims.faithfulness_claims(result, 6)])
+    assert list(answered["answer"]) == ["yes"] * 6 + ["no", "yes", "yes"]
     assert len(answered) == answered["question"].nunique()
 
 
@@ -292,14 +322,14 @@ def test_figures_show_what_the_tables_say() -> None:
     assert list(times.data[0].y) == [10.0, 10.0, 10.0]
     cells = attention_flow.score_table(table, 6, "blank-out")
     assert cells.iloc[0, 0] == "blank-out by a comma"
-    assert cells.set_index(cells.columns[0]).loc["exact", "no correction"].startswith("0.7")
+    assert cells.set_index(cells.columns[0]).loc["exact", "no correction"].startswith(f"{row['mean']:.2f} [")
 
 
 @pytest.mark.slow
 def test_the_analysis_runs_and_reuses(embedded: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"n_texts": 4, "n_lengths": 2, "n_ceiling": 2, "lengths": (8, 12, 16)}
     section = attention_flow.run(embedded, tmp_path, **settings)
-    assert len(section.claims) == 17
+    assert len(section.claims) == 21
     made = load_result(tmp_path / "faithfulness.parquet")
     attention_flow.run(embedded, tmp_path, **settings)
     assert load_result(tmp_path / "faithfulness.parquet").equals(made, check_provenance=True)

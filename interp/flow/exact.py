@@ -133,7 +133,6 @@ def solve_flows(
     Returns:
         A `Solution`.
     """
-    causal = is_causal(capacity)
     n_layers, length, _ = capacity.shape
     small = capacity.numel() * len(targets) * len(groups) < _ONE_THREAD
     threads = 1 if small else max(1, min(torch.get_num_threads(), len(groups)))
@@ -143,6 +142,7 @@ def solve_flows(
         f"the maximum flow of {len(targets)} × {len(groups)} pairs through {n_layers} layers of {length} tokens (fewer targets, "
         f"sources or torch threads need less)",
     )
+    causal = is_causal(capacity)
     whole, exponent = whole_numbers(capacity)
     solver = _Solver(whole, causal, targets, groups, sides)
     bar = tqdm(

@@ -33,6 +33,10 @@ from interp.provenance import Provenance
 
 RESIDUALS = ("half", "plus_one", "none")
 CAPACITIES = ("attention", "contribution")
+_NO_PATTERN = (
+    "the pattern is empty. A model with sdpa attention returns none: call model.set_attn_implementation('eager'), or give "
+    "attention_graph the model and the text; no layers make no graph"
+)
 _ROW_SUM = 5e-3  # bfloat16 attention rows sum to 1 ± 2e-3
 
 
@@ -81,10 +85,15 @@ class AttentionGraph:
         return dataclasses.replace(self, attention=self.attention[:n_layers], layers=self.layers[:n_layers])
 
     def uniform(self) -> AttentionGraph:
-        """The same graph with uniform attention: what position alone explains."""
+        """The same graph with uniform attention: what position alone explains.
+
+        Contributions hold the residual stream on their diagonal, and so does what stands for them: ½ uniform + ½ I.
+        """
         one = torch.ones_like(self.attention[0])
         one = one.tril() if self.causal else one
         rows = one / one.sum(-1, keepdim=True)
+        if self.provenance.parameters.get("capacity") == "contribution":
+            rows = with_residual(rows, "half")
         return dataclasses.replace(self, attention=rows.expand_as(self.attention))
 
     def without(self, positions: Sequence[int]) -> AttentionGraph:
@@ -137,7 +146,7 @@ def attention_graph(
             heads already made one.
         residual: see the module docstring, 2; "half" by default, "none" for contributions.
         heads: "mean", "max", "norm" (needs a model), a head, or several heads, whose mean is taken.
-        capacity: "attention" or "contribution" (needs a model).
+        capacity: "attention" or "contribution" (needs a causal model, as does heads="norm").
         layers: which layers, in ascending order; all by default.
         tokens: names of a pattern's positions.
         chat: wrap texts in the chat template.
@@ -172,6 +181,8 @@ def attention_graph(
         )
     parameters = {"residual": residual, "heads": heads, "capacity": capacity}
     given = text if isinstance(model, Model) else model
+    if isinstance(model, Model) and isinstance(text, (list, tuple)) and not text:
+        raise InputError("no texts were given; expected at least one text, or a sequence of token ids")
     if _is_pattern(given):
         if not isinstance(model, Model) and text is not None:
             raise InputError("a pattern and a text were given; give one of them")
@@ -181,9 +192,12 @@ def attention_graph(
             raise InputError("no text was given; expected a text, token ids or a pattern")
         owner = model if isinstance(model, Model) else None
         return _from_pattern(given, residual, heads, layers, tokens, owner, parameters)
+    if isinstance(given, (list, tuple)) and any(one is None for one in given):
+        raise InputError(_NO_PATTERN)
     if not isinstance(model, Model):
         raise InputError(
-            f"{type(model).__name__} is neither a model nor a pattern; expected what load_model gives, or a tensor"
+            f"{type(model).__name__} is neither a model nor a pattern; expected what load_model gives, a "
+            f"tensor (torch.as_tensor makes one), or a Hugging Face output's .attentions"
         )
     if text is None:
         raise InputError("no text was given; expected a text, token ids or a pattern")
@@ -300,10 +314,7 @@ def _from_pattern(
 ) -> AttentionGraph:
     if isinstance(given, (list, tuple)):
         if not given:
-            raise InputError(
-                "the pattern is empty. A model with sdpa attention returns none: call model.set_attn_implementation('eager'), or "
-                "give attention_graph the model and the text; no layers make no graph"
-            )
+            raise InputError(_NO_PATTERN)
         shapes = [tuple(one.shape) for one in given]
         if len(set(shapes)) > 1:
             raise InputError(f"the layers' patterns have shapes {sorted(set(shapes))}; expected one shape")

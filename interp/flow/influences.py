@@ -113,13 +113,13 @@ def attention_flow(
     options: dict[str, Any] = {"correction": correction, "sinks": sinks, "temperature": temperature, "bias": bias}
     frames, rounding = [], 0.0
     for text, one in enumerate(graphs):
-        if "exact" in methods:
-            rounding = max(rounding, rounding_error(one.capacity))
         chosen, groups = check_targets(targets, len(one)), check_sources(sources, len(one))
         names = ["".join(one.tokens[at] for at in group) for group in groups]
         for name in methods:
             with torch.no_grad():
                 values = influence(one, chosen, groups, method=name, progress=progress, **options)
+            if name == "exact":
+                rounding = max(rounding, rounding_error(one.capacity))
             frames.append(
                 pd.DataFrame(
                     {

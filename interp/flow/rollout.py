@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.flow.exact import rounded_down, whole_numbers
+from interp.batching import check_memory
+from interp.flow.exact import estimate_bytes, rounded_down, whole_numbers
 from interp.flow.positions import Sources, check_capacity, check_sources, check_targets, is_causal, membership
 
 
@@ -108,9 +109,11 @@ def layer_bound(
 def _layer_bounds(capacity: Tensor, targets: list[int], groups: list[tuple[int, ...]]) -> np.ndarray:
     from interp.flow import push_relabel
 
+    n_layers, length, _ = capacity.shape
+    needed = estimate_bytes(n_layers, length, len(targets), len(groups), 0, False)
+    check_memory(needed, "cpu", f"the bounds of {len(targets)} × {len(groups)} pairs through {n_layers} layers")
     causal = is_causal(capacity)
     whole, exponent = whole_numbers(capacity)
-    n_layers, length, _ = whole.shape
     from_source = np.zeros((len(targets), n_layers + 1, length), np.int64)
     from_sinks = np.zeros((n_layers + 1, length), np.int64)
     for row, target in enumerate(targets):

@@ -515,3 +515,18 @@ def test_layers_without_softmax_attention_are_named(tiny: Any) -> None:
     model.arch.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(ModelError, match="layer 1: linear_attention"):
         attention_graph(model, [5, 6], heads="norm")
+
+
+def test_contributions_are_compared_with_half_uniform_attention(tiny: Any) -> None:
+    graph = attention_graph(tiny(), [4, 5, 6, 7], capacity="contribution")
+    expected = 0.5 * torch.eye(4) + 0.5 * torch.tril(torch.ones(4, 4) / torch.arange(1.0, 5)[:, None])
+    assert torch.allclose(graph.uniform().capacity, expected.expand(3, 4, 4))
+
+
+def test_what_is_no_pattern_is_named(tiny: Any) -> None:
+    with pytest.raises(InputError, match="sdpa"):
+        attention_graph((None, None))
+    with pytest.raises(InputError, match="no texts"):
+        attention_graph(tiny(), [])
+    with pytest.raises(InputError, match=r"attentions"):
+        attention_graph({"attentions": ()})

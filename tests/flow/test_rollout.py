@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from interp.errors import MemoryBudgetError
 from interp.flow import attention_rollout, column_bound, layer_bound, maximum_flow
 
 
@@ -102,3 +103,9 @@ def test_batches_and_dtypes(function: Any) -> None:
 def test_gradients(function: Any) -> None:
     capacity = (random_capacity(0, 3, 4, causal=False) + 0.01).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: function(x, [0, 3], [0, (1, 2)]), capacity)
+
+
+def test_the_layer_bound_is_refused_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interp.batching.available_memory", lambda device: 1000)
+    with pytest.raises(MemoryBudgetError, match="bounds"):
+        layer_bound(random_capacity(0, 4, 6))
