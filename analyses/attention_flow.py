@@ -113,7 +113,7 @@ def run(
         "absolute change of the log-probability of the true next word's first token; the ceiling is how well blank-out agrees "
         "with blank-out by a comma. Position is the score that knows nothing but the order. Intervals are bootstraps over "
         "sentences, 95 %.\n\n"
-        "The first table answers the questions that this section exists for."
+        "The table of questions below the claims answers what this section exists for."
     )
     return Section(
         "Flow: what reaches the output through attention, and is the maximum flow worth it", text, items, claims
