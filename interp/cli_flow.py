@@ -71,10 +71,13 @@ def flow(
     from interp.flow import attention_flow, attention_graph
     from interp.flow.graph import CAPACITIES, RESIDUALS
     from interp.flow.influences import CORRECTIONS, METHODS
+    from interp.flow.positions import check_sources
     from interp.model import set_seed
 
     if target and all_targets:
         raise InputError("--target and --all-targets were both given; give one of them")
+    if source is not None and plot is None:
+        raise InputError("--source chooses what --plot draws; give --plot FILE.html with it")
     methods = list(dict.fromkeys(method or ["exact"]))
     _check("--method", methods, METHODS)  # before the model loads
     _check("--correction", [correction], CORRECTIONS)
@@ -92,6 +95,7 @@ def flow(
         layers=_layers(between, loaded.arch.n_layers),
         chat=chat,
     )
+    check_sources(None if source is None else [source], len(graph))  # before the flows, not after them
     sinks = sink or [0]
     result = attention_flow(
         graph,

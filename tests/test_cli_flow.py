@@ -213,3 +213,20 @@ def test_the_embedded_model(embedded: Any, tmp_path: Path) -> None:
     assert list(found(result).values()) == pytest.approx(frame["flow"].tolist(), abs=1e-5)
     assert all(row["exact"] <= row["layer_bound"] + 1e-6 for row in rows(result))
     assert len(figures_of(plot.read_text())) == 3
+
+
+def test_a_wrong_source_is_refused_before_the_flows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("solved")
+
+    monkeypatch.setattr("interp.flow.influences.attention_flow", never)
+    plot = tmp_path / "out.html"
+    with pytest.raises(InputError, match="source 9 is out of range"):
+        CliRunner().invoke(
+            app, ["flow", TEXT, "--model", str(folder), "--source", "9", "--plot", str(plot)], catch_exceptions=False
+        )
+    assert not plot.exists()
+    with pytest.raises(InputError, match="--plot"):
+        CliRunner().invoke(app, ["flow", TEXT, "--model", str(folder), "--source", "1"], catch_exceptions=False)
