@@ -17,7 +17,18 @@ _NAMES = {
     "load_result": "interp.results",
     "InterpError": "interp.errors",
 }
-_PACKAGES = ("adapters", "architectures", "batching", "flow", "neurons", "report", "resources", "results", "sinks")
+_PACKAGES = (
+    "adapters",
+    "agreement",
+    "architectures",
+    "batching",
+    "flow",
+    "neurons",
+    "report",
+    "resources",
+    "results",
+    "sinks",
+)
 
 __all__ = [*_NAMES, *_PACKAGES]
 

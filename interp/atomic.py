@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,3 +133,28 @@ def _explain(target: Path, error: OSError) -> str:
             free = f"; {shutil.disk_usage(target.parent).free / 2**20:,.1f} MiB are free there"
         return f"cannot write {target}: {reason}{free}. Nothing was changed; free some space or choose another folder."
     return f"cannot write {target}: {reason}. Nothing was changed; check the folder and its permissions."
+
+
+def replace_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object]) -> Path:
+    """Let `fill` write into a new folder and put it at `folder` in one rename; whatever goes wrong, what was there stays.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    target = Path(folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as workspace:
+            ready = Path(workspace, "ready")
+            ready.mkdir()
+            fill(ready)
+            for path in filter(Path.is_file, ready.rglob("*")):
+                path.chmod(0o644)  # safetensors makes its files private
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if target.exists():
+                os.replace(target, Path(workspace, "old"))
+            os.replace(ready, target)
+    except OSError as error:
+        raise ResourceError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+    return target

@@ -117,8 +117,14 @@ def _may_have_tokenizer(where: str) -> bool:
 
 
 def _auto_class(where: str) -> Any:
-    """The causal LM class, or for encoders the class with the masked-LM head, or without a head."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    """The class with the head that the checkpoint has: causal LM, classification, masked LM, or none."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+    )
 
     from interp.architectures import family_of
 
@@ -126,9 +132,12 @@ def _auto_class(where: str) -> Any:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:
         raise _explain(where, error) from error
-    if family_of(config).decoder:
-        return AutoModelForCausalLM
     classes = getattr(config, "architectures", None) or []
+    family = family_of(config)
+    if any("ForSequenceClassification" in name for name in classes):
+        return AutoModelForSequenceClassification
+    if family.decoder:
+        return AutoModelForCausalLM
     return AutoModelForMaskedLM if any("MaskedLM" in name for name in classes) else AutoModel
 
 

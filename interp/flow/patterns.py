@@ -2,9 +2,9 @@
 
 1. Mean, maximum or chosen heads: the pattern is reduced on the device as soon as its layer has run.
 2. Norm-weighted heads and contributions also need value states: the layer's attention is recorded
-   (`interp.recorded_attention`, eager), and what head h writes for key j, u_hj = W_O^h v_hj, is computed with it. Then
-   f_ij = Σ_h pattern[h, i, j] u_hj is what key j adds to position i. Where a norm follows attention (Gemma 2 and 3,
-   OLMo 2), f is scaled as that norm scales the sum.
+   (`interp.recorded_attention`, eager; of encoders the output of the value projection), and what head h writes for key j,
+   u_hj = W_O^h v_hj, is computed with it. Then f_ij = Σ_h pattern[h, i, j] u_hj is what key j adds to position i. Where a
+   norm follows attention (Gemma 2 and 3, OLMo 2), f is scaled as that norm scales the sum.
 3. Contribution of a part f of y: max(‖y‖₁ − ‖y − f‖₁, 0), with y the residual stream after attention; the parts are the
    f_ij and the residual stream itself, on the diagonal. Biases of the output projection are no part.
 
@@ -15,7 +15,7 @@ What is kept is (layer, query, key) float32 a text, on the CPU, estimated before
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,13 +51,16 @@ def attention_of_texts(
         progress: a progress bar on stderr; a string is its description.
 
     Raises:
-        InputError: norms or contributions of an encoder, an unknown head.
+        InputError: contributions of an encoder, an unknown head.
         ModelError: attention that is not softmax attention (the layer is named).
         MemoryBudgetError: the matrices do not fit, with both figures.
     """
-    probe: _Patterns
+    probe: Any
     recorded: Any = contextlib.nullcontext()
-    if heads == "norm" or capacity == "contribution":
+    if heads == "norm" and not model.arch.family.decoder:
+        probe = _NormsOfEncoder(model, layers)
+        recorded = probe.recording()
+    elif heads == "norm" or capacity == "contribution":
         probe = _WrittenByHeads(model, layers, capacity)
         recorded = recording(model, "eager", probe.record, layers)
     else:
@@ -96,6 +99,44 @@ class _Patterns:
         """Keep by text."""
         for text, matrix in zip(batch.rows, partial or [], strict=partial is not None):
             self.found[layer][text] = matrix
+
+
+class _NormsOfEncoder(_Patterns):
+    """Norm-weighted heads of an encoder, whose attention modules keep their value projection under `value`."""
+
+    def __init__(self, model: Model, layers: Sequence[int]) -> None:
+        super().__init__(layers, "norm")
+        self.model = model
+        self._values: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep each layer's value states until its pattern comes."""
+        with contextlib.ExitStack() as stack:
+            for layer in self.found:
+                projection = getattr(self.model.arch.attention(layer), "value", None)
+                if projection is None:
+                    raise ModelError(
+                        f"{self.model.name}: layer {layer}'s attention has no value projection; use heads='mean'"
+                    )
+
+                def keep(module: Any, given: Any, output: Tensor, layer: int = layer) -> None:
+                    self._values[layer] = output.detach()
+
+                stack.callback(projection.register_forward_hook(keep).remove)
+            yield
+
+    def update(self, site: str, layer: int, tensor: Tensor, batch: Batch) -> list[Tensor]:
+        """One matrix a text."""
+        weight = self.model.arch.output_weight(layer).float()  # (head, d_head, d_model)
+        values = self._values.pop(layer).float().unflatten(-1, weight.shape[:2])  # (batch, position, head, d_head)
+        rows = []
+        for row in range(batch.size):
+            real = batch.mask[row]
+            pattern = check_rows(tensor[row].float()[:, real][:, :, real], f"layer {layer}'s pattern")
+            norms = torch.einsum("khd,hdm->hkm", values[row][real], weight.to(values.device)).norm(dim=-1)
+            rows.append(check_rows(_to_one((pattern * norms[:, None]).sum(0)), f"layer {layer}").cpu())
+        return rows
 
 
 class _WrittenByHeads(_Patterns):

@@ -111,9 +111,25 @@ def test_encoder() -> None:
     for max_tokens in (4096, 12):
         for one, many in zip(alone, attention_graph(model, TEXTS, max_tokens=max_tokens), strict=True):
             assert torch.allclose(one.attention, many.attention, atol=1e-6)
-    for options in ({"heads": "norm"}, {"capacity": "contribution"}):
-        with pytest.raises(InputError, match="is an encoder"):
-            attention_graph(model, TEXTS, **options)
+    with pytest.raises(InputError, match="is an encoder"):
+        attention_graph(model, TEXTS, capacity="contribution")
+
+
+def test_norm_weighted_heads_of_an_encoder() -> None:
+    hf = tiny_encoder()
+    for ids, one in zip(TEXTS, attention_graph(load_model(hf), TEXTS, heads="norm"), strict=True):
+        hf.set_attn_implementation("eager")
+        with torch.no_grad():
+            out = hf(input_ids=torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
+        for at, layer in enumerate(hf.encoder.layer):
+            # What each head writes for each key, by a loop over heads and the modules' own weights.
+            values = layer.attention.self.value(out.hidden_states[at])[0]
+            weighted = torch.zeros(len(ids), len(ids))
+            for head in range(4):
+                columns = slice(4 * head, 4 * head + 4)
+                written = values[:, columns] @ layer.attention.output.dense.weight[:, columns].T
+                weighted += out.attentions[at][0, head] * written.norm(dim=-1)
+            assert torch.allclose(one.attention[at], weighted / weighted.sum(-1, keepdim=True), atol=1e-5)
 
 
 class Seen:
