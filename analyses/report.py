@@ -16,6 +16,7 @@ import typer
 
 from analyses import (
     attention_flow,
+    attribution_agreement,
     bigram_backcopy,
     concept_editing,
     flow_equalisation,
@@ -57,6 +58,10 @@ def main(
         ("attention_flow", lambda folder: attention_flow.run(loaded, folder, **attention_flow.REPORT)),
         ("subject_verb_flow", lambda folder: subject_verb_flow.run(loaded, folder, **subject_verb_flow.REPORT)),
         ("flow_equalisation", lambda folder: flow_equalisation.run(loaded, folder, **flow_equalisation.REPORT)),
+        (
+            "attribution_agreement",
+            lambda folder: attribution_agreement.run(loaded, folder, **attribution_agreement.REPORT),
+        ),
     ):
         began = time.perf_counter()
         sections.append(analysis(out / name))

@@ -2,7 +2,8 @@
 
 Plot functions are `Result -> plotly Figure` and compute nothing. Here are their palette (Okabe and Ito, "Color
 Universal Design", 2008: told apart with any colour vision), their template, axes that carry units, an interval around
-a line, axes of tokens, and the two guards that keep a figure small: float32 and a limit on its cells.
+a line, axes of tokens, text that reads on any colour, and the two guards that keep a figure small: float32 and a limit
+on its cells.
 
 plotly is imported when a figure is drawn.
 """
@@ -23,6 +24,7 @@ REFERENCE = "#555555"  # baselines and bounds
 SEQUENTIAL = "Cividis"  # 0 … largest; made for colour-blind readers
 DIVERGING = ((0.0, "#0072B2"), (0.5, "#F7F7F7"), (1.0, "#D55E00"))  # around zero: set zmid=0
 CELLS = 500_000  # 2 MB of float32
+_LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue
 
 
 def figure(title: str, x: str, y: str, *, x_unit: str = "", y_unit: str = "", subtitle: str = "") -> "go.Figure":
@@ -174,6 +176,27 @@ def cap_cells(array: Any, limit: int = CELLS) -> "np.ndarray":
             "choose fewer rows (one layer, one head, the largest values) or average first"
         )
     return to_float32(array)
+
+
+def text_color(colorscale: Sequence[Sequence[Any]], at: float) -> str:
+    """Black or white, readable on a colour by relative luminance (WCAG 2): at least 3.5 : 1, white on saturated ones.
+
+    Args:
+        colorscale: (place, hex) stops, ascending from 0 to 1.
+        at: a place on it, from 0 to 1.
+
+    Example:
+        >>> text_color(DIVERGING, 0.5), text_color(DIVERGING, 0.0)
+        ('#000000', '#FFFFFF')
+    """
+    import numpy as np
+
+    places = [place for place, _ in colorscale]
+    red, green, blue = (
+        np.interp(at, places, [int(color[start : start + 2], 16) for _, color in colorscale]) for start in (1, 3, 5)
+    )
+    luminance = sum(part * (one / 255) ** 2.2 for part, one in zip(_LUMINANCE, (red, green, blue), strict=True))
+    return "#000000" if luminance > 0.25 else "#FFFFFF"
 
 
 def to_float32(array: Any) -> "np.ndarray":

@@ -15,6 +15,7 @@ embedding), a token id, or the text of one token. Positions stay: a replaced tok
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.agreement.prefix_tree import Embedder, Readout, read_logits
+from interp.agreement.encoding import encode_examples
+from interp.agreement.prefix_tree import (
+    Embedder,
+    Prefix,
+    Readout,
+    packs,
+    prefix_cache,
+    read_logits,
+    shared_prefix,
+)
 from interp.agreement.targets import check_target, runner_up, target_values
-from interp.agreement.tasks import Classifier, Task, Verbalizer, class_names, default_task, encode_examples
+from interp.agreement.tasks import Classifier, Continuation, Task, Verbalizer, class_names, default_task
 from interp.architectures import stored_weight
 from interp.errors import InputError
 from interp.model import Model
@@ -76,13 +86,14 @@ class Coalitions:
         """Which logits are read of examples with that many reads."""
         return Readout(n_reads, self._choices)
 
-    @property
-    def prefix(self) -> int:
-        """How many first tokens all examples share, none of them explained."""
-        from interp.agreement.prefix_tree import shared_prefix
-
-        shared = shared_prefix([one.ids for one in self.encoded], max(one.n_reads for one in self.encoded))
-        return min(shared, *(one.positions[0] for one in self.encoded))
+    @cached_property
+    def prefix(self) -> Prefix:
+        """What all examples begin with and is not explained, such as a few-shot prompt; nothing where it cannot be cached."""
+        if not packs(self.model, max(len(one.ids) for one in self.encoded)):
+            return Prefix((), ())
+        shared = shared_prefix([one.ids for one in self.encoded], 1)
+        length = min(shared, *(one.positions[0] for one in self.encoded))  # reads come after the first explained token
+        return prefix_cache(self.model, self.encoded[0].ids[:length])
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -139,6 +150,7 @@ class Coalitions:
                 self.readout(n_reads),
                 reduce,
                 embedder=self.embedder,
+                prefix=self.prefix,
                 max_tokens=self.max_tokens,
                 progress=progress,
             )
@@ -193,7 +205,7 @@ class Coalitions:
                     "text": one.text,
                     "label": gold,
                     "explained": "".join(named(at) for at in self.wanted[example]),
-                    "predicted": named(self.predicted[example]) if classes or one.n_reads == 1 else None,
+                    "predicted": named(int(self.predicted[example])) if classes or one.n_reads == 1 else None,
                     "probability": float(self.probability[example]),
                     "units": list(one.names),
                 }
@@ -217,27 +229,30 @@ class Coalitions:
             chosen = [at for at, one in enumerate(self.encoded) if one.n_reads == n_reads]
 
             def look(logits: Tensor, some: Sequence[int], chosen: list[int] = chosen) -> Tensor:
-                for row, at in zip(logits, (chosen[one] for one in some), strict=True):
+                examples = [chosen[one] for one in some]
+                for row, at in zip(logits, examples, strict=True):
                     best = row.argmax(-1)
                     gold = self.encoded[at].gold
-                    fixed = self.of == "gold" or len(row) > 1
+                    fixed = self.of == "gold" or isinstance(self.task, Continuation)
                     wanted = torch.tensor(gold, device=row.device) if fixed and gold is not None else best
                     self.wanted[at] = wanted.tolist()
                     self.contrast[at] = runner_up(row[None], wanted[None])[0].tolist()
                     self.predicted[at] = int(best[0])
                     self.probability[at] = float(row.log_softmax(-1).gather(-1, wanted[:, None]).sum().exp())
-                return logits.new_zeros(len(some))
+                return self.reduce(logits, examples)
 
-            read_logits(
+            found = read_logits(
                 self.model,
                 [self.encoded[at].ids for at in chosen],
                 self.readout(n_reads),
                 look,
                 embedder=self.embedder,
+                prefix=self.prefix,
                 max_tokens=self.max_tokens,
             )
-        ends = {at: np.stack([np.ones(self.size(at), bool), np.zeros(self.size(at), bool)]) for at in range(count)}
-        self.compute(ends)
+            for at, value in zip(chosen, found, strict=True):
+                self._kept[at][np.ones(self.size(at), dtype=bool).tobytes()] = float(value)
+        self.compute({at: np.zeros((1, self.size(at)), dtype=bool) for at in range(count)})
         self.asked[:] = 0
         self.computed[:] = 0
 

@@ -31,7 +31,7 @@ from interp.agreement.methods import DEFAULT_METHODS, Method, check_options, met
 from interp.agreement.tasks import Task
 from interp.errors import InputError
 from interp.model import Model
-from interp.provenance import Provenance
+from interp.provenance import Provenance, as_json
 from interp.results import Result
 from interp.shards import ShardedRun
 
@@ -140,6 +140,7 @@ def explain_coalitions(
     if out is None:
         frames = dict(_frames(coalitions, chosen, wanted, units, options, progress))
         table = pd.concat([frames[unit] for unit in units], ignore_index=True)
+        table["method"] = pd.Categorical(table["method"], list(chosen))  # in order, as shards have them
         provenance = dataclasses.replace(provenance, wall_time=time.perf_counter() - start)
         return Result("agreement.explain", table, EXPLANATION_COLUMNS, provenance, attachments)
     run = ShardedRun(out, "agreement.explain", EXPLANATION_COLUMNS, provenance, units, attachments)
@@ -150,12 +151,12 @@ def explain_coalitions(
 
 def about_run(coalitions: Coalitions) -> dict[str, Any]:
     """What was asked of the model, as parameters of a provenance."""
-    task = dataclasses.asdict(coalitions.task)
     return {
-        "task": {key: list(value) if isinstance(value, tuple) else value for key, value in task.items()},
+        "task": as_json(dataclasses.asdict(coalitions.task), "task"),
         "target": coalitions.target,
         "of": coalitions.of,
         "baseline": coalitions.baseline,
+        "baseline_id": coalitions.baseline_id,
         "units": coalitions.units,
         "special": coalitions.special,
         "n_examples": len(coalitions),

@@ -2,8 +2,8 @@
 
 1. What all examples begin with and is not explained, such as a few-shot prompt, is computed once; its keys and values
    stand before every input (`interp.agreement.prefix_tree`).
-2. Inputs x and baselines x₀ are embeddings of the rest, equal where nothing is explained; examples of like length share a
-   batch, and integration steps share it with them. A batch that runs out of memory is halved.
+2. Inputs x and baselines x₀ are embeddings of the rest, equal where nothing is explained; examples of one length share a
+   batch, and integration steps share it with them. Gradients that run out of memory are taken of half as many rows.
 3. A token's score is the sum over its embedding's entries. Of a word's tokens they are summed again.
 4. *Integrated gradients* double their steps on the examples whose completeness error |Σ − (f(x) − f(x₀))| / |f(x) − f(x₀)| is
    above the tolerance, up to a cap.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from interp.agreement.coalitions import Coalitions
 from interp.agreement.perturbations import draws_seed
-from interp.agreement.prefix_tree import as_cache, packs, prefix_cache
+from interp.agreement.prefix_tree import padded_logits
 from interp.batching import Batch, for_each_batch, token_batches
 from interp.model import set_seed
 
@@ -44,17 +44,38 @@ class EmbeddingTarget(nn.Module):
     Attributes:
         skip: how many first tokens are cached and not part of the inputs.
         calls: per example, how many inputs went through the model.
+        at_once: padded tokens that go forward and backward at once; half of it after running out of memory.
     """
 
     def __init__(self, coalitions: Coalitions) -> None:
         super().__init__()
         self.hf: Any = coalitions.model.hf  # a submodule: DeepLIFT looks for non-linearities below
         self.coalitions = coalitions
-        longest = max(len(one.ids) for one in coalitions.encoded)
-        self.skip = coalitions.prefix if packs(coalitions.model, longest) else 0
-        with torch.no_grad():
-            self.kept = prefix_cache(coalitions.model, coalitions.encoded[0].ids[: self.skip])
+        self.skip = len(coalitions.prefix.ids)
         self.calls = np.zeros(len(coalitions), dtype=np.int64)
+        self.at_once = gradient_budget(coalitions)
+
+    def gradients(
+        self, forward_fn: Any, inputs: Any, target_ind: Any = None, additional_forward_args: Any = None
+    ) -> tuple[Tensor]:
+        """What captum takes for its `gradient_func`: a row's gradient is its own, so rows may go one after the other."""
+        (embedded,), given = inputs, additional_forward_args
+        examples: Tensor = given[0] if isinstance(given, tuple) else given
+        found = torch.empty_like(embedded)
+
+        def step(batch: Batch) -> None:
+            rows, before = list(batch.rows), self.calls.copy()
+            try:
+                with torch.enable_grad():
+                    part = embedded[rows].detach().requires_grad_()
+                    (gradient,) = torch.autograd.grad(self(part, examples[rows]).sum(), part)
+                found[rows] = gradient
+            except (RuntimeError, MemoryError):
+                self.calls[:], self.at_once = before, max(1, batch.tokens // 2)
+                raise
+
+        for_each_batch(token_batches([range(embedded.shape[1])] * len(embedded), max_tokens=self.at_once), step)
+        return (found,)
 
     def forward(self, embedded: Float[Tensor, "batch position d_model"], examples: Int[Tensor, " batch"]) -> Tensor:
         """(batch) targets."""
@@ -63,34 +84,9 @@ class EmbeddingTarget(nn.Module):
         np.add.at(self.calls, rows, 1)
         encoded = [self.coalitions.encoded[row] for row in rows]
         lengths = torch.tensor([len(one.ids) - self.skip for one in encoded], device=embedded.device)
-        inputs: dict[str, Any] = {"inputs_embeds": embedded}
-        if self.coalitions.model.arch.family.decoder:
-            inputs["use_cache"] = bool(self.kept)
-            inputs["past_key_values"] = as_cache(self.kept, len(rows))
-        else:
-            inputs["attention_mask"] = (
-                torch.arange(embedded.shape[1], device=embedded.device) < lengths[:, None]
-            ).long()
-        n_reads = encoded[0].n_reads
-        if n_reads:
-            hidden = self.hf.base_model(**inputs).last_hidden_state
-            at = (lengths[:, None] + torch.arange(-n_reads, 0, device=embedded.device)).to(hidden.device)
-            chosen = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-            logits = self.coalitions.readout(n_reads).logits(self.coalitions.model, chosen)
-        else:
-            if (
-                self.coalitions.model.arch.family.decoder
-            ):  # a decoder's head looks for padding, which embeddings do not show
-                logits = _last_logits(self.hf, inputs, lengths)
-            else:
-                logits = self.hf(**inputs).logits.float()[:, None]
+        readout = self.coalitions.readout(encoded[0].n_reads)
+        logits = padded_logits(self.coalitions.model, embedded, lengths, readout, self.coalitions.prefix)
         return self.coalitions.reduce(logits, rows)
-
-
-def _last_logits(hf: Any, inputs: dict[str, Any], lengths: Tensor) -> Tensor:
-    hidden = hf.base_model(**inputs).last_hidden_state
-    last = hidden[torch.arange(len(lengths), device=hidden.device), lengths.to(hidden.device) - 1]
-    return hf.score(last).float()[:, None]
 
 
 def input_x_gradient(
@@ -112,9 +108,9 @@ def input_x_gradient(
     target = EmbeddingTarget(coalitions)
 
     def attribute(inputs: Tensor, baselines: Tensor, which: Tensor) -> Tensor:
-        return InputXGradient(target).attribute(inputs, additional_forward_args=which)
+        return _with_gradients(InputXGradient(target)).attribute(inputs, additional_forward_args=which)
 
-    return _in_batches(target, examples, attribute, progress)
+    return _in_batches(target, examples, attribute, progress, one_length=False)
 
 
 def integrated_gradients(
@@ -124,7 +120,7 @@ def integrated_gradients(
     progress: Any = False,
     *,
     n_steps: int = 50,
-    max_steps: int = 400,
+    max_steps: int = 200,
     tolerance: float = 0.05,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Captum's IntegratedGradients (Gauss–Legendre), steps doubled until complete.
@@ -147,11 +143,11 @@ def integrated_gradients(
 
         def attribute(inputs: Tensor, baselines: Tensor, which: Tensor, steps: int = steps) -> Tensor:
             rows = max(len(inputs), gradient_budget(coalitions) // inputs.shape[1])
-            return IntegratedGradients(target).attribute(
+            return _with_gradients(IntegratedGradients(target)).attribute(
                 inputs, baselines, additional_forward_args=which, n_steps=steps, internal_batch_size=rows
             )
 
-        scores, _ = _in_batches(target, waiting, attribute, progress)
+        scores, _ = _in_batches(target, waiting, attribute, progress, one_length=True)
         found.update(zip(waiting, scores, strict=True))
         steps *= 2
         if steps > max_steps:
@@ -171,7 +167,9 @@ def gradient_shap(
     from captum.attr import GradientShap
 
     def attribute(target: EmbeddingTarget, inputs: Tensor, baselines: Tensor, which: Tensor) -> Tensor:
-        return GradientShap(target).attribute(inputs, baselines, n_samples=n_samples, additional_forward_args=which)
+        return _with_gradients(GradientShap(target)).attribute(
+            inputs, baselines, n_samples=n_samples, additional_forward_args=which
+        )
 
     return _one_by_one(coalitions, examples, attribute, seed, progress)
 
@@ -200,6 +198,12 @@ def deepshap(
     return _one_by_one(coalitions, examples, attribute, seed, progress)
 
 
+def _with_gradients(method: Any) -> Any:
+    """A captum method whose gradients survive running out of memory."""
+    method.gradient_func = method.forward_func.gradients
+    return method
+
+
 def gradient_budget(coalitions: Coalitions) -> int:
     """Padded tokens that go forward and backward at once."""
     return max(256, 2 * coalitions.max_tokens)
@@ -214,15 +218,16 @@ def completeness_error(coalitions: Coalitions, example: int, scores: Float[np.nd
 
 
 def _in_batches(
-    target: EmbeddingTarget, examples: Sequence[int], attribute: Attribute, progress: Any
+    target: EmbeddingTarget, examples: Sequence[int], attribute: Attribute, progress: Any, *, one_length: bool
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Attributions of examples in batches by length."""
+    """Attributions of examples in batches; of one length where steps fill them anyway, so that nothing is padded."""
     coalitions = target.coalitions
     found: dict[int, np.ndarray] = {}
-    by_reads: dict[int, list[int]] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
     for example in examples:
-        by_reads.setdefault(coalitions.encoded[example].n_reads, []).append(example)
-    for chosen in by_reads.values():
+        one = coalitions.encoded[example]
+        alike.setdefault((one.n_reads, len(one.ids) if one_length else 0), []).append(example)
+    for chosen in alike.values():
 
         def step(batch: Batch, chosen: list[int] = chosen) -> None:
             which = [chosen[row] for row in batch.rows]

@@ -50,6 +50,11 @@ class LinearConfig:
     name_or_path: str = "linear-classifier"
     _attn_implementation: str = "eager"
 
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes, as Hugging Face configs give them."""
+        return {at: f"LABEL_{at}" for at in range(self.num_labels)}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, as Hugging Face configs give them."""
         return asdict(self)
@@ -57,6 +62,8 @@ class LinearConfig:
 
 class LinearClassifier(nn.Module):
     """Embedding `embed_tokens`, no `layers`, and a `classifier` on the sum over unmasked positions."""
+
+    is_classifier = True  # what interp.agreement.tasks asks for
 
     def __init__(self, config: LinearConfig) -> None:
         super().__init__()

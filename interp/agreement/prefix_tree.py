@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.batching import Batch, for_each_batch, token_batches
+from interp.batching import Batch, for_each_batch, is_out_of_memory, token_batches
+from interp.errors import MemoryBudgetError
 from interp.model import Model
 
 # (logits (batch, read, class), the sequences' rows) -> (batch) one number each
@@ -88,6 +89,7 @@ def read_logits(
     reduce: Reduce,
     *,
     embedder: Embedder | None = None,
+    prefix: Prefix | None = None,
     max_tokens: int = 512,
     progress: bool | str = False,
 ) -> Float[np.ndarray, " sequence"]:
@@ -99,6 +101,7 @@ def read_logits(
         readout: which logits.
         reduce: makes one number of a sequence's logits; called with (batch, read, class) and the sequences' indices.
         embedder: by default the model's embedding alone.
+        prefix: what `prefix_cache` gave for the beginning of all sequences; by default their longest one, computed here.
         max_tokens: nodes in a chunk, or padded tokens in a batch.
         progress: a progress bar on stderr.
 
@@ -113,32 +116,40 @@ def read_logits(
     for row, ids in enumerate(sequences):
         different.setdefault(tuple(ids), []).append(row)
     ordered = sorted(different)
-    first_rows = [different[ids][0] for ids in ordered]
-    values = np.full(len(ordered), np.nan)
 
     def keep(logits: Tensor, at: Sequence[int]) -> None:
-        values[list(at)] = reduce(logits, [first_rows[one] for one in at]).double().cpu().numpy()
+        # Every row is reduced, also where inputs are the same: what is read of them may differ.
+        sources = [(place, row) for place, one in enumerate(at) for row in different[ordered[one]]]
+        for start in range(0, len(sources), len(at)):
+            places, rows = zip(*sources[start : start + len(at)], strict=True)
+            some = logits if len(sources) == len(at) else logits[list(places)]
+            found[list(rows)] = reduce(some, rows).double().cpu().numpy()
 
     if readout.n_reads and packs(model, max(map(len, ordered))):
-        _in_chunks(model, ordered, readout, keep, embedder, max_tokens, progress)
+        if prefix is None:
+            beginning = ordered[0][: shared_prefix(ordered, readout.n_reads)]
+            prefix = prefix_cache(model, beginning if embedder.size not in beginning else ())
+        _in_chunks(model, ordered, readout, keep, embedder, prefix, max_tokens, progress)
     else:
         _in_rows(model, ordered, readout, keep, embedder, max_tokens, progress)
-    for value, ids in zip(values, ordered, strict=True):
-        found[different[ids]] = value
     return found
 
 
 def packs(model: Model, longest: int) -> bool:
     """Whether a tree mask is exact for sequences of up to `longest` tokens: causal softmax attention that sees all of them."""
     config = model.arch.config
-    if not model.arch.family.decoder or not model.attention.startswith(("sdpa", "eager")):
-        return False
-    if getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False)):
+    if not _causal(model) or not model.attention.startswith(("sdpa", "eager")):
         return False
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) or longest
     slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
     return kinds <= {"full_attention", "sliding_attention"} and not (slides and int(window) < longest)
+
+
+def _causal(model: Model) -> bool:
+    config = model.arch.config
+    both_ways = getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False)
+    return model.arch.family.decoder and not both_ways
 
 
 def shared_prefix(sequences: Sequence[tuple[int, ...]], n_reads: int) -> int:
@@ -153,25 +164,52 @@ def shared_prefix(sequences: Sequence[tuple[int, ...]], n_reads: int) -> int:
     return min(_common(first, last), most)
 
 
-def prefix_cache(model: Model, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of a prefix, layer by layer, each (1, kv_head, position, d_head); none for no prefix."""
+@dataclass(frozen=True)
+class Prefix:
+    """A beginning that was computed.
+
+    Attributes:
+        ids: its tokens.
+        kept: keys and values, layer by layer, each (1, kv_head, position, d_head).
+    """
+
+    ids: tuple[int, ...]
+    kept: tuple[tuple[Tensor, Tensor], ...]
+
+    def cache(self, batch: int = 1) -> Any:
+        """A fresh cache for a batch, `None` for no tokens; what the model appends to it does not reach `kept`."""
+        from transformers import DynamicCache
+
+        if not self.kept:
+            return None
+        return DynamicCache(
+            ddp_cache_data=[
+                (keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)) for keys, values in self.kept
+            ]
+        )
+
+
+@torch.no_grad()
+def prefix_cache(model: Model, ids: Sequence[int]) -> Prefix:
+    """A beginning's keys and values.
+
+    Raises:
+        MemoryBudgetError: it does not fit.
+    """
     if not ids:
-        return []
-    cache = model.hf.base_model(
-        input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True
-    ).past_key_values
-    return [(layer.keys.detach(), layer.values.detach()) for layer in cache.layers]
-
-
-def as_cache(kept: Sequence[tuple[Tensor, Tensor]], batch: int = 1) -> Any:
-    """A fresh cache of that prefix for a batch; what the model appends to it does not reach `kept`."""
-    from transformers import DynamicCache
-
-    if not kept:
-        return None
-    return DynamicCache(
-        ddp_cache_data=[(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)) for keys, values in kept]
-    )
+        return Prefix((), ())
+    try:
+        cache = model.hf.base_model(
+            input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True
+        ).past_key_values
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"out of memory on the {len(ids)} tokens that all inputs begin with; shorten them, use a smaller dtype, or a "
+            f"device with more memory"
+        ) from error
+    return Prefix(tuple(ids), tuple((layer.keys.detach(), layer.values.detach()) for layer in cache.layers))
 
 
 @dataclass(frozen=True)
@@ -206,13 +244,11 @@ def _in_chunks(
     readout: Readout,
     keep: Callable[[Tensor, Sequence[int]], None],
     embedder: Embedder,
+    prefix: Prefix,
     max_tokens: int,
     progress: bool | str,
 ) -> None:
-    skip = shared_prefix(ordered, readout.n_reads)
-    kept = prefix_cache(model, ordered[0][:skip]) if embedder.size not in ordered[0][:skip] else []
-    if not kept:
-        skip = 0
+    skip = len(prefix.ids)
 
     def step(chunk: Any) -> None:
         ids, parents, depths, ends = _tree([ordered[row] for row in chunk.rows], skip, readout.n_reads)
@@ -220,8 +256,8 @@ def _in_chunks(
             inputs_embeds=embedder(torch.tensor(ids, device=model.device)[None]),
             attention_mask=_tree_mask(parents, skip, model),
             position_ids=torch.tensor(depths, device=model.device)[None] + skip,
-            past_key_values=as_cache(kept),
-            use_cache=bool(kept),
+            past_key_values=prefix.cache(),
+            use_cache=bool(skip),
         ).last_hidden_state[0]
         at = torch.tensor(ends, device=hidden.device)
         step_size = max(1, _HEAD_ROWS // readout.n_reads)
@@ -229,7 +265,9 @@ def _in_chunks(
             some = slice(start, start + step_size)
             keep(readout.logits(model, hidden[at[some]]), chunk.rows[some])
 
-    for_each_batch(_chunks(ordered, skip, max_tokens), step, progress=progress, unit="input")
+    # An iterator: a chunk has what is used of a `Batch` (rows, size, tokens, halves) and is none, which types checked at run
+    # time would refuse in a list.
+    for_each_batch(iter(_chunks(ordered, skip, max_tokens)), step, progress=progress, unit="input")
 
 
 _HEAD_ROWS = 512  # rows of logits at a time: 100 MB at 49,152 tokens
@@ -287,6 +325,38 @@ def _tree_mask(parents: Sequence[int], skip: int, model: Model) -> Float[Tensor,
     return mask[None, None]
 
 
+def padded_logits(
+    model: Model,
+    embedded: Float[Tensor, "batch position d_model"],
+    lengths: Int[Tensor, " batch"],
+    readout: Readout,
+    prefix: Prefix,
+) -> Float[Tensor, "batch read k"]:
+    """Logits at the ends of inputs that are padded on the right; differentiable.
+
+    Args:
+        model: what `load_model` gave.
+        embedded: what follows the prefix.
+        lengths: positions that are no padding.
+        readout: which logits.
+        prefix: what stands before every input; empty for encoders.
+    """
+    inputs: dict[str, Any] = {"inputs_embeds": embedded}
+    if model.arch.family.decoder:
+        inputs |= {"use_cache": bool(prefix.ids), "past_key_values": prefix.cache(len(embedded))}
+    # Padding on the right is out of sight of causal attention. Masked, in float64 it may see nothing and become NaN.
+    if not _causal(model):
+        inputs["attention_mask"] = (torch.arange(embedded.shape[1], device=embedded.device) < lengths[:, None]).long()
+    if not readout.n_reads and not model.arch.family.decoder:
+        return model.hf(**inputs).logits.float()[:, None]
+    hidden = model.hf.base_model(**inputs).last_hidden_state
+    n_reads = max(1, readout.n_reads)
+    at = (lengths[:, None] + torch.arange(-n_reads, 0, device=lengths.device)).to(hidden.device)
+    chosen = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+    # A decoder's class head would look for padding, which embeddings do not show.
+    return readout.logits(model, chosen) if readout.n_reads else model.hf.score(chosen).float()
+
+
 def _in_rows(
     model: Model,
     ordered: list[tuple[int, ...]],
@@ -298,19 +368,7 @@ def _in_rows(
 ) -> None:
     def step(batch: Batch) -> None:
         batch = batch.to(model.device)
-        inputs: dict[str, Any] = {
-            "inputs_embeds": embedder(batch.input_ids),
-            "attention_mask": batch.mask.long(),
-        }
-        if model.arch.family.decoder:
-            inputs["use_cache"] = False
-        if readout.n_reads:
-            hidden = model.hf.base_model(**inputs).last_hidden_state
-            at = batch.last.to(hidden.device)[:, None] + torch.arange(1 - readout.n_reads, 1, device=hidden.device)
-            logits = readout.logits(model, hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])))
-        else:
-            logits = model.hf(**inputs).logits.float()[:, None]
-        keep(logits, batch.rows)
+        keep(padded_logits(model, embedder(batch.input_ids), batch.lengths, readout, Prefix((), ())), batch.rows)
 
     for_each_batch(
         token_batches(ordered, max_tokens=max_tokens, pad_id=model.pad_id), step, progress=progress, unit="input"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,16 +77,16 @@ def faithfulness(
     Raises:
         InputError: another model or other examples were explained (tokenisations disagree), or settings out of range.
     """
-    made = explanations.provenance.parameters
     if getattr(explanations, "kind", None) != "agreement.explain":
         raise InputError(f"{explanations!r:.60}; expected what interp.agreement.explain gives")
+    made = explanations.provenance.parameters
     coalitions = Coalitions(
         model,
         examples,
         task=task,
         target=made["target"],
         of=made["of"],
-        baseline=_baseline(made["baseline"]),
+        baseline=_baseline(made),
         units=made["units"],
         special=made["special"],
         max_tokens=max_tokens,
@@ -198,8 +198,8 @@ def faithfulness_means(result: Result, level: float = 0.95, n_resamples: int = 2
     for key, group in each.groupby(keys, sort=False, dropna=False):
         values = group["value"].to_numpy(float)
         known = values[np.isfinite(values)]
-        if not len(known) and result.provenance.parameters.get("n_normalised") == 0:
-            continue
+        if str(key[1]).startswith("normalised") and result.provenance.parameters.get("n_normalised") == 0:
+            continue  # not asked for
         low, high = bootstrap_mean(known, n_resamples, level)
         mean = float(known.mean()) if len(known) else float("nan")
         sd = float(known.std(ddof=1)) if len(known) > 1 else float("nan")
@@ -328,5 +328,7 @@ def _check_same(coalitions: Coalitions, explanations: Result) -> None:
         )
 
 
-def _baseline(name: str) -> str | int:
-    return int(name) if name.lstrip("-").isdigit() else name
+def _baseline(made: Mapping[str, Any]) -> str | int:
+    """As it was given: an id's name is the id, and a text of digits has another id than its number."""
+    name, token = str(made["baseline"]), int(made["baseline_id"])
+    return token if name == str(token) else name

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InputError
-from interp.plotting import CELLS, DIVERGING, PALETTE, figure, for_plotly, to_float32
+from interp.plotting import CELLS, DIVERGING, PALETTE, figure, for_plotly, text_color, to_float32
 from interp.results import Result
 from interp.tokens import visible
 
 LIGHT = ((0.0, "#FFFFFF"), (1.0, PALETTE[0]))  # text stays readable on what has little influence
 GREY = "#D0D0D0"
-_LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue
+HATCHED = {"shape": "/", "bgcolor": GREY, "fgcolor": "#888888", "size": 6, "solidity": 0.2}
 VALUED, GONE = "valued", "no value: removed as a sink"
 _BOXES = CELLS // 25  # a token's box is some 25 numbers and a few strings
 _LONGEST = 40  # characters of a token that its box shows
@@ -53,18 +53,12 @@ def coloured_text(
     Raises:
         InputError: no such text, method or target, more tokens than a figure carries, or a width below 1.
     """
-    if width < 1:
-        raise InputError(f"width={width}; expected at least 1 character in a line")
+    check_width(width)
     chosen, tokens = of_text(result, text, methods)
     position = _target(chosen, len(tokens), target)
     chosen = chosen[chosen["target"] == position]
     measures = {name: _boxes(rows, tokens) for name, rows in chosen.groupby("measure", sort=False)}
-    n_boxes = sum(len(boxes) for boxes in measures.values())
-    if n_boxes > _BOXES:
-        raise InputError(
-            f"{n_boxes:,} tokens to draw, and a figure carries at most {_BOXES:,}: "
-            "choose fewer methods or a shorter text"
-        )
+    check_boxes(sum(len(boxes) for boxes in measures.values()))
     scale = _scale(chosen)
     drawn = figure("", "", "")
     outlined = "; the target is outlined" if position in set(chosen["source"]) else ""
@@ -74,32 +68,14 @@ def coloured_text(
     for name, boxes in measures.items():
         top = float(boxes["flow"].max())
         ticks.append((line, f"{for_plotly(str(name), inner=False)}<br>largest {top:.3g}"))
-        placed = _wrap(boxes["token"], width).assign(shade=scale.shade(boxes["flow"], top))
+        placed = wrap(boxes["token"], width).assign(shade=scale.shade(boxes["flow"], top))
         placed["line"] += line
         for kind, where in boxes.groupby("kind", sort=False).groups.items():
             bars = _bars(boxes.loc[where], placed.loc[where], str(kind), str(name), scale, position)
             bars.showlegend = kind == GONE and not any(trace.showlegend for trace in drawn.data)
             drawn.add_trace(bars)
         line = float(placed["line"].max()) + 1.6
-    bottom = max(line, 5.0)
-    drawn.update_layout(
-        barmode="overlay",
-        bargap=0,
-        height=int(150 + 27 * bottom),
-        margin={"t": 90, "b": 20},
-        coloraxis=scale.axis,
-        legend={"orientation": "h", "y": 0, "yanchor": "top"},
-    )
-    drawn.update_xaxes(visible=False, range=[0, width + 1])
-    drawn.update_yaxes(
-        range=[bottom - 0.9, -0.7],
-        tickvals=[at for at, _ in ticks],
-        ticktext=[label for _, label in ticks],
-        showgrid=False,
-        zeroline=False,
-        showline=False,
-        tickcolor="white",
-    )
+    arrange(drawn, line, width, ticks, scale.axis)
     return drawn
 
 
@@ -122,15 +98,9 @@ class _Scale:
         return to_float32(flow / largest if self.kind == "relative" and largest > 0 else flow)
 
     def text_color(self, shade: float) -> str:
-        """Black or white by relative luminance (WCAG 2): at least 3.5 : 1, and white on the saturated blues."""
+        """Black or white: readable on the shade, and white on the saturated blues."""
         at = (shade - self.axis["cmin"]) / (self.axis["cmax"] - self.axis["cmin"])
-        places = [place for place, _ in self.axis["colorscale"]]
-        red, green, blue = (
-            np.interp(at, places, [int(color[start : start + 2], 16) for _, color in self.axis["colorscale"]])
-            for start in (1, 3, 5)
-        )
-        luminance = sum(part * (one / 255) ** 2.2 for part, one in zip(_LUMINANCE, (red, green, blue), strict=True))
-        return "#000000" if luminance > 0.25 else "#FFFFFF"
+        return text_color(self.axis["colorscale"], at)
 
 
 def _scale(chosen: pd.DataFrame) -> _Scale:
@@ -177,8 +147,6 @@ def powers_of_two(values: Any, limit: float) -> np.ndarray:
 
 def _bars(boxes: pd.DataFrame, placed: pd.DataFrame, kind: str, name: str, scale: _Scale, target: int) -> Any:
     """The boxes of one kind as one trace."""
-    import plotly.graph_objects as go
-
     outlined = (boxes["source"] == target).to_numpy()
     marker: dict[str, Any] = {
         "line": {
@@ -191,22 +159,14 @@ def _bars(boxes: pd.DataFrame, placed: pd.DataFrame, kind: str, name: str, scale
         marker |= {"color": to_float32(placed["shade"]), "coloraxis": "coloraxis"}
         value, colors = "%{customdata:.4g}", [scale.text_color(shade) for shade in placed["shade"]]
     elif kind == GONE:
-        marker |= {"pattern": {"shape": "/", "bgcolor": GREY, "fgcolor": "#888888", "size": 6, "solidity": 0.2}}
+        marker |= {"pattern": HATCHED}
     else:
         marker |= {"color": "#FFFFFF"}
-    return go.Bar(
-        orientation="h",
-        base=to_float32(placed["start"]),
-        x=to_float32(placed["size"]),
-        y=to_float32(placed["line"]),
-        width=0.9,
+    return box_trace(
+        placed,
+        boxes["token"].tolist(),
+        colors,
         marker=marker,
-        text=[for_plotly(short(token)) for token in boxes["token"]],
-        textposition="inside",
-        insidetextanchor="middle",
-        textangle=0,
-        insidetextfont={"color": colors, "family": _MONOSPACE, "size": 14},
-        constraintext="inside",
         customdata=to_float32(boxes["flow"]),
         hovertext=[f"{at}: {for_plotly(token)}" for at, token in zip(boxes["source"], boxes["token"], strict=True)],
         hovertemplate=f"%{{hovertext}}<br>{value}<extra>{for_plotly(name, inner=False)}</extra>",
@@ -225,8 +185,80 @@ def _boxes(rows: pd.DataFrame, tokens: list[str]) -> pd.DataFrame:
     return whole.fillna({"kind": "not asked for"}).rename_axis("source").reset_index()
 
 
-def _wrap(tokens: pd.Series, width: int) -> pd.DataFrame:
-    """Where boxes go, in characters and lines; a line ends after a line break too."""
+def box_trace(placed: pd.DataFrame, tokens: Sequence[str], colors: list[str], **settings: Any) -> Any:
+    """Boxes with their tokens inside, as one trace.
+
+    Args:
+        placed: start, size and line of every box, see `wrap`.
+        tokens: escaped here.
+        colors: of the tokens' text.
+        **settings: the trace's: marker, hover text, name.
+    """
+    import plotly.graph_objects as go
+
+    return go.Bar(
+        orientation="h",
+        base=to_float32(placed["start"]),
+        x=to_float32(placed["size"]),
+        y=to_float32(placed["line"]),
+        width=0.9,
+        text=[for_plotly(short(token)) for token in tokens],
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        insidetextfont={"color": colors, "family": _MONOSPACE, "size": 14},
+        constraintext="inside",
+        **settings,
+    )
+
+
+def arrange(drawn: Any, lines: float, width: int, ticks: list[tuple[float, str]], coloraxis: dict[str, Any]) -> None:
+    """Axes and height of a figure of boxes.
+
+    Args:
+        drawn: the figure; it is changed.
+        lines: how many lines of boxes and gaps it has.
+        width: characters in a line.
+        ticks: (line, escaped label) of what stands left of the boxes.
+        coloraxis: of the boxes.
+    """
+    bottom = max(lines, 5.0)
+    drawn.update_layout(
+        barmode="overlay",
+        bargap=0,
+        height=int(150 + 27 * bottom),
+        margin={"t": 90, "b": 20},
+        coloraxis=coloraxis,
+        legend={"orientation": "h", "y": 0, "yanchor": "top"},
+    )
+    drawn.update_xaxes(visible=False, range=[0, width + 1])
+    drawn.update_yaxes(
+        range=[bottom - 0.9, -0.7],
+        tickvals=[at for at, _ in ticks],
+        ticktext=[label for _, label in ticks],
+        showgrid=False,
+        zeroline=False,
+        showline=False,
+        tickcolor="white",
+    )
+
+
+def check_boxes(n: int) -> None:
+    """Refuses more boxes than a figure carries, with both figures."""
+    if n > _BOXES:
+        raise InputError(
+            f"{n:,} tokens to draw, and a figure carries at most {_BOXES:,}: choose fewer methods or a shorter text"
+        )
+
+
+def check_width(width: int) -> None:
+    """Refuses lines without room."""
+    if width < 1:
+        raise InputError(f"width={width}; expected at least 1 character in a line")
+
+
+def wrap(tokens: pd.Series, width: int) -> pd.DataFrame:
+    """Where boxes go, in characters and lines: start, size, line. A line ends after a line break too."""
     places, column, row = [], 0, 0
     for token in tokens:
         size = min(width, _columns(short(token)) + 1)

@@ -13,6 +13,8 @@
     flow_solvers.py  flow: exact against networkx, igraph, OR-Tools and scipy, widest against Vico's form; long texts
     flow_growth.py flow: how every method's time grows with tokens and layers
     flow_graphs.py, flow_peers.py  the graphs of both, and the calls of the others
+    attributions.py  agreement: leave-one-out, KernelSHAP, integrated gradients against captum; the default comparison's cost
+    captum_peers.py  the calls of captum
     imports.py     core: `import interp`, `interp --help`
 
 A subject is a module with `SUITE` and `run(quick) -> list[Row]`; a new one is named in `__main__.SUBJECTS`. Nothing here

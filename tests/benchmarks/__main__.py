@@ -31,6 +31,7 @@ SUBJECTS = (
     "bigram_generator",
     "flow_solvers",
     "flow_growth",
+    "attributions",
 )
 
 
