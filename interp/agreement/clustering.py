@@ -20,7 +20,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from interp.agreement.pairs import matrix
+from interp.agreement.pairs import matrix, used_k
 from interp.errors import InputError
 from interp.results import Column, Result
 
@@ -94,7 +94,7 @@ def clusters(result: Result, measure: str = "kendall", k: int = 0, threshold: fl
     parameters = {
         **result.provenance.parameters,
         "measure": measure,
-        "clustered_k": int(k),
+        "clustered_k": used_k(result, measure, k),
         "linkage": "average",
         "threshold": float(threshold),
         "left_out": left_out,

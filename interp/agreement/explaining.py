@@ -27,7 +27,7 @@ from interp.agreement.attention_scores import attention_scores
 from interp.agreement.coalitions import Coalitions
 from interp.agreement.explanation_table import EXPLANATION_COLUMNS
 from interp.agreement.gradients import completeness_error
-from interp.agreement.methods import DEFAULT_METHODS, Method, check_options, method_named, side_of, why_refused
+from interp.agreement.methods import DEFAULT_METHODS, Method, check_options, method_named, side_of
 from interp.agreement.tasks import Task
 from interp.errors import InputError
 from interp.model import Model
@@ -187,7 +187,7 @@ def _choose(
     refused = {
         name: reason
         for name, one in found.items()
-        if name not in force and (reason := why_refused(name, one, coalitions))
+        if name not in force and one.refuse is not None and (reason := one.refuse(coalitions, options.get(name, {})))
     }
     for name, reason in refused.items():
         if methods is not None:

@@ -28,11 +28,16 @@ EXPLANATION_COLUMNS = (
     ),
     Column("value", "float64", "", "the target f(x) on the example: nats, logits or a probability"),
     Column("baseline_value", "float64", "", "f(x₀): the same with every unit replaced by the baseline"),
-    Column("completeness_error", "float64", "", "|Σ score − (f(x) − f(x₀))| / |f(x) − f(x₀)|; NaN: promises nothing"),
+    Column(
+        "completeness_error",
+        "float64",
+        "",
+        "|Σ score − (f(x) − f(x₀))| / |f(x) − f(x₀)| of any attribution",
+    ),
     Column(
         "model_calls", "int32", "texts", "passes of one text that the method asked for; forward and backward are one"
     ),
-    Column("computed", "int32", "texts", "those that were not known already from another method of the same run"),
+    Column("computed", "int32", "texts", "those that were not known from another method of the same process"),
     Column("seconds", "float64", "s", "wall time of the method, its batches shared equally among the examples"),
 )
 RUN_COLUMNS = ("value", "baseline_value", "completeness_error", "model_calls", "computed", "seconds")

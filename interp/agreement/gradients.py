@@ -29,6 +29,7 @@ from interp.agreement.coalitions import Coalitions
 from interp.agreement.perturbations import draws_seed
 from interp.agreement.prefix_tree import padded_logits
 from interp.batching import Batch, for_each_batch, token_batches
+from interp.errors import InputError
 from interp.model import set_seed
 
 # (inputs, baselines, examples' indices) -> attributions (batch, position, d_model)
@@ -136,6 +137,11 @@ def integrated_gradients(
     """
     from captum.attr import IntegratedGradients
 
+    if not 1 <= n_steps <= max_steps or not tolerance >= 0:
+        raise InputError(
+            f"integrated_gradients: n_steps={n_steps}, max_steps={max_steps}, tolerance={tolerance}; expected 1 ≤ n_steps ≤ "
+            f"max_steps and a tolerance of at least 0"
+        )
     target = EmbeddingTarget(coalitions)
     found: dict[int, np.ndarray] = {}
     waiting, steps = list(examples), n_steps
@@ -165,6 +171,9 @@ def gradient_shap(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Captum's GradientShap from `n_samples` random points between baseline and input; as `input_x_gradient`."""
     from captum.attr import GradientShap
+
+    if n_samples < 1:
+        raise InputError(f"gradient_shap: n_samples={n_samples}; expected at least 1")
 
     def attribute(target: EmbeddingTarget, inputs: Tensor, baselines: Tensor, which: Tensor) -> Tensor:
         return _with_gradients(GradientShap(target)).attribute(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,13 @@ class Method:
         side: "attention", "attribution" or "baseline".
         run: (coalitions, examples, seed, progress, **options) -> scores, or (scores, model calls per example).
         random: whether seeds matter.
-        calls: "coalitions", "gradients", "attention" or "none": how model calls are counted.
-        fragile: measured before it is used.
+        refuse: says why the method is not valid for some examples, or `None`; asked before anything is run.
     """
 
     side: str
     run: Callable[..., Any]
     random: bool = False
-    calls: str = "none"
-    fragile: bool = False
+    refuse: Callable[[Coalitions, Mapping[str, Any]], str | None] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -73,17 +72,45 @@ def _rarity(coalitions: Coalitions, examples: Sequence[int], seed: int, progress
     ]
 
 
+def _too_long(coalitions: Coalitions, options: Mapping[str, Any]) -> str | None:
+    """Exact Shapley values of long texts would not end."""
+    longest = int(options.get("longest", perturbations.LONGEST_EXACT))
+    most = max(map(coalitions.size, range(len(coalitions))))
+    return None if most <= longest else perturbations.too_long(most, longest)
+
+
+def _incomplete(name: str, coalitions: Coalitions, options: Mapping[str, Any]) -> str | None:
+    """The measured reason why DeepLIFT or DeepSHAP is not valid for the model."""
+    trial = list(range(min(_TRIAL, len(coalitions))))
+    try:
+        scores, _ = METHODS[name].run(coalitions, trial, 0)
+    except Exception as error:  # captum's own refusals: reused modules, shapes
+        return f"captum's {name} fails on {coalitions.model.name}: {type(error).__name__}: {str(error)[:200]}"
+    errors = [gradients.completeness_error(coalitions, at, score) for at, score in zip(trial, scores, strict=True)]
+    known = [error for error in errors if np.isfinite(error)]
+    if not known:
+        return f"{name} cannot be shown to be valid: f(x) = f(x₀), or a gradient is not finite, on all {len(trial)} examples"
+    median = float(np.median(known))
+    if median <= TOLERANCE:
+        return None
+    return (
+        f"{name} is not valid here: its scores miss f(x) − f(x₀) by {median:.0%} (median of {len(known)} examples; "
+        f"{TOLERANCE:.0%} is allowed). Captum replaces the gradient of activation modules that it knows, and this model's "
+        f"attention, norms and activations are none of them; force=({name!r},) runs it all the same"
+    )
+
+
 METHODS: dict[str, Method] = {
-    "leave_one_out": Method("attribution", perturbations.leave_one_out, calls="coalitions"),
-    "integrated_gradients": Method("attribution", gradients.integrated_gradients, calls="gradients"),
-    "input_x_gradient": Method("attribution", gradients.input_x_gradient, calls="gradients"),
-    "gradient_shap": Method("attribution", gradients.gradient_shap, random=True, calls="gradients"),
-    "lime": Method("attribution", perturbations.lime, random=True, calls="coalitions"),
-    "kernel_shap": Method("attribution", perturbations.kernel_shap, random=True, calls="coalitions"),
-    "shapley_sampling": Method("attribution", perturbations.shapley_sampling, random=True, calls="coalitions"),
-    "shapley": Method("attribution", perturbations.shapley, calls="coalitions"),
-    "deeplift": Method("attribution", gradients.deeplift, calls="gradients", fragile=True),
-    "deepshap": Method("attribution", gradients.deepshap, calls="gradients", fragile=True),
+    "leave_one_out": Method("attribution", perturbations.leave_one_out),
+    "integrated_gradients": Method("attribution", gradients.integrated_gradients),
+    "input_x_gradient": Method("attribution", gradients.input_x_gradient),
+    "gradient_shap": Method("attribution", gradients.gradient_shap, random=True),
+    "lime": Method("attribution", perturbations.lime, random=True),
+    "kernel_shap": Method("attribution", perturbations.kernel_shap, random=True),
+    "shapley_sampling": Method("attribution", perturbations.shapley_sampling, random=True),
+    "shapley": Method("attribution", perturbations.shapley, refuse=_too_long),
+    "deeplift": Method("attribution", gradients.deeplift, refuse=partial(_incomplete, "deeplift")),
+    "deepshap": Method("attribution", gradients.deepshap, refuse=partial(_incomplete, "deepshap")),
     "random": Method("baseline", _random, random=True),
     "recency": Method("baseline", _recency),
     "first": Method("baseline", _first),
@@ -118,7 +145,7 @@ def method_named(name: str, coalitions: Coalitions | None = None) -> Method:
     def run(coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False) -> list[np.ndarray]:
         return attention_scores(coalitions, examples, [name], progress)[name][0]
 
-    return Method("attention", run, calls="attention")
+    return Method("attention", run)
 
 
 def side_of(name: str) -> str:
@@ -146,24 +173,3 @@ def check_options(methods: Mapping[str, Method], options: Mapping[str, Mapping[s
         if unknown:
             has = ", ".join(methods[name].options) or "none"
             raise InputError(f"{name} has no option {unknown[0]!r}; it has {has}")
-
-
-def why_refused(name: str, method: Method, coalitions: Coalitions) -> str | None:
-    """The measured reason why a fragile method is not valid for the model; `None` where it is."""
-    if not method.fragile:
-        return None
-    trial = list(range(min(_TRIAL, len(coalitions))))
-    try:
-        scores, _ = method.run(coalitions, trial, 0)
-    except Exception as error:  # captum's own refusals: reused modules, shapes
-        return f"captum's {name} fails on {coalitions.model.name}: {type(error).__name__}: {str(error)[:200]}"
-    errors = [gradients.completeness_error(coalitions, at, score) for at, score in zip(trial, scores, strict=True)]
-    known = [error for error in errors if np.isfinite(error)]
-    median = float(np.median(known)) if known else float("nan")
-    if median <= TOLERANCE:
-        return None
-    return (
-        f"{name} is not valid here: its scores miss f(x) − f(x₀) by {median:.0%} (median of {len(known)} examples; "
-        f"{TOLERANCE:.0%} is allowed). Captum replaces the gradient of activation modules that it knows, and this model's "
-        f"attention, norms and activations are none of them; force=({name!r},) runs it all the same"
-    )

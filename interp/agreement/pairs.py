@@ -10,8 +10,8 @@
 4. Per pair of methods: mean, standard deviation and n over the examples; percentile bootstrap of the mean over examples
    (`interp.intervals`), since the tokens and seeds of one example are not independent.
 5. chance: the mean, over the same examples and seeds, of what the measure is worth when one method's scores are dealt to the
-   units at random. ceiling: the smaller of the two methods' agreement with themselves; more cannot be expected of two
-   methods of which one is that unsteady.
+   units at random. ceiling: √ of the product of the two methods' agreement with themselves, what two rankings of the same
+   thing would reach with that much noise (Spearman 1904's attenuation, exact for correlations, a guide for the others).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ PAIR_COLUMNS = (
     Column("low", "float64", "agreement", "lower end of the mean's bootstrap interval over examples"),
     Column("high", "float64", "agreement", "upper end"),
     Column("chance", "float64", "agreement", "mean expected agreement with one method's scores dealt at random"),
-    Column("ceiling", "float64", "agreement", "the smaller of both methods' agreement with themselves; NaN: unknown"),
+    Column(
+        "ceiling", "float64", "agreement", "√ of the product of both methods' agreement with themselves; NaN: unknown"
+    ),
 )
 
 
@@ -112,7 +114,7 @@ def pairwise_agreement(
             "method_a": pd.Categorical(np.tile(np.array(names, object)[first], len(settings)), names),
             "method_b": pd.Categorical(np.tile(np.array(names, object)[second], len(settings)), names),
             **table,
-            "ceiling": np.minimum(ceilings[:, first], ceilings[:, second]).ravel(),
+            "ceiling": np.sqrt(np.clip(ceilings[:, first], 0, None) * np.clip(ceilings[:, second], 0, None)).ravel(),
         }
     )
     parameters = {
@@ -189,6 +191,21 @@ def matrix(result: Result, measure: str = "kendall", k: int = 0, column: str = "
     columns = [entry.name for entry in PAIR_COLUMNS[4:]]
     if column not in columns:
         raise InputError(f"column={column!r}; expected one of {', '.join(columns)}")
+    rows = result.frame[(result.frame["measure"] == measure) & (result.frame["k"] == used_k(result, measure, k))]
+    names = pd.Index([str(name) for name in rows["method_a"].cat.categories])
+    first, second = (names.get_indexer(pd.Index(rows[side].astype(str))) for side in ("method_a", "method_b"))
+    values = rows[column].to_numpy()
+    square = np.zeros((len(names), len(names)), values.dtype)
+    square[first, second] = square[second, first] = values
+    return pd.DataFrame(square, index=names, columns=names)
+
+
+def used_k(result: Result, measure: str, k: int) -> int:
+    """The k that the table holds for a measure: the one asked for, or the only one.
+
+    Raises:
+        InputError: the table does not hold the measure, or the k.
+    """
     rows = result.frame[result.frame["measure"] == measure]
     if rows.empty:
         held = ", ".join(result.frame["measure"].astype(str).unique())
@@ -197,13 +214,7 @@ def matrix(result: Result, measure: str = "kendall", k: int = 0, column: str = "
     at = known[0] if len(known) == 1 and (k == 0 or known == [0]) else k
     if at not in known:
         raise InputError(f"k={k!r}; of {measure} the table holds k = {', '.join(map(str, known))}")
-    rows = rows[rows["k"] == at]
-    names = pd.Index([str(name) for name in rows["method_a"].cat.categories])
-    first, second = (names.get_indexer(pd.Index(rows[side].astype(str))) for side in ("method_a", "method_b"))
-    values = rows[column].to_numpy()
-    square = np.zeros((len(names), len(names)), values.dtype)
-    square[first, second] = square[second, first] = values
-    return pd.DataFrame(square, index=names, columns=names)
+    return at
 
 
 @dataclasses.dataclass(frozen=True)

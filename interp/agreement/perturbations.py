@@ -63,6 +63,8 @@ def shapley_sampling(
     """Shapley values from `n_samples` random orders (captum's ShapleyValueSampling); see `leave_one_out`."""
     from captum.attr import ShapleyValueSampling
 
+    _check_samples("shapley_sampling", n_samples, 1)
+
     def attribute(forward: Any, ones: Tensor) -> Tensor:
         return ShapleyValueSampling(forward).attribute(ones, n_samples=n_samples, perturbations_per_eval=ones.shape[1])
 
@@ -74,6 +76,8 @@ def kernel_shap(
 ) -> list[np.ndarray]:
     """KernelSHAP from `n_samples` coalitions, the full and the empty one among them; see `leave_one_out`."""
     from captum.attr import KernelShap
+
+    _check_samples("kernel_shap", n_samples, 3)
 
     def attribute(forward: Any, ones: Tensor) -> Tensor:
         return KernelShap(forward).attribute(ones, n_samples=n_samples, perturbations_per_eval=n_samples)
@@ -87,6 +91,8 @@ def lime(
     """LIME with a linear regression (captum's default, a lasso, ties most tokens at zero); see `leave_one_out`."""
     from captum._utils.models.linear_model import SkLearnLinearRegression
     from captum.attr import Lime
+
+    _check_samples("lime", n_samples, 2)
 
     def attribute(forward: Any, ones: Tensor) -> Tensor:
         surrogate = SkLearnLinearRegression()
@@ -112,12 +118,17 @@ def shapley(
     """
     sizes = {example: coalitions.size(example) for example in examples}
     if max(sizes.values()) > longest:
-        raise InputError(
-            f"exact Shapley values need 2^n inputs, and an example has {max(sizes.values())} tokens; at most {longest} "
-            f"are computed: use shapley_sampling or kernel_shap, or raise options={{'shapley': {{'longest': …}}}}"
-        )
+        raise InputError(too_long(max(sizes.values()), longest))
     found = coalitions.values({example: every_coalition(n) for example, n in sizes.items()}, progress)
     return [exact_shapley(found[example], sizes[example]) for example in examples]
+
+
+def too_long(most: int, longest: int) -> str:
+    """Why exact Shapley values are not computed."""
+    return (
+        f"exact Shapley values need 2^n inputs, and an example has {most} tokens; at most {longest} are allowed: use "
+        f"shapley_sampling or kernel_shap, or set shapley's option `longest`"
+    )
 
 
 def every_coalition(n: int) -> np.ndarray:
@@ -140,6 +151,13 @@ def exact_shapley(values: Float[np.ndarray, " coalition"], n: int) -> Float[np.n
         without = rows[(rows >> token) & 1 == 0]
         scores[token] = (weights[sizes[without]] * (values[without | (1 << token)] - values[without])).sum()
     return scores
+
+
+def _check_samples(name: str, n_samples: int, least: int) -> None:
+    if n_samples < least:
+        raise InputError(
+            f"{name}: n_samples={n_samples}; expected at least {least}, and several times as many as tokens"
+        )
 
 
 def _ask_and_answer(

@@ -7,7 +7,8 @@
 2. AOPC depends on the model and the text as much as on the explanation. *Normalised* AOPC (Edin et al., arXiv
    2408.08137) removes one unit after the other, takes the mean of f(x) − f(what is left) over all n steps, and puts it
    between the worst (0) and the best (1) order of the same text. These are exact, from all 2ⁿ coalitions, up to
-   `longest_exact` units, else found by beam search. For sufficiency the lowest goes first, and 0 is best.
+   `longest_exact` units, else found by beam search,
+   which a ranking may beat. For sufficiency the lowest goes first, and 0 is best.
 3. *Leave-one-out*: Spearman's correlation with the drop from removing each token alone.
 
 Removing means replacing by the baseline of `Coalitions`: inputs that are asked for by several methods run once.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +51,7 @@ FAITHFULNESS_COLUMNS = (
     Column("measure", "category", "", ", ".join(MEASURES)),
     Column("fraction", "float64", "", "share of the units that is removed or kept; NaN: the mean over all (AOPC)"),
     Column(
-        "value", "float64", "", "in the target's unit; normalised: 0 … 1; leave_one_out: correlation; NaN: no ranking"
+        "value", "float64", "", "in the target's unit; normalised: 0 worst … 1 best order; leave_one_out: correlation"
     ),
 )
 
@@ -129,7 +131,7 @@ def faithfulness_of(
     asked_before, computed_before = int(coalitions.asked.sum()), int(coalitions.computed.sum())
     normalised = list(vectors)[: len(vectors) if n_normalised is None else n_normalised]
     orders = {
-        (example, *key): _order(scores, np.random.default_rng([seed, example, len(key[0]), key[1]]))
+        (example, *key): _order(scores, np.random.default_rng([seed, example, zlib.crc32(key[0].encode()), key[1]]))
         for example, found in vectors.items()
         for key, scores in found.items()
     }
@@ -163,7 +165,11 @@ def faithfulness_of(
                     measured[f"normalised_{name}"] = (area - low) / (high - low) if high > low else float("nan")
         for name, values in points.items():
             rows += [(example, method, draw, name, at, value) for at, value in zip(fractions, values, strict=False)]
-        rows += [(example, method, draw, name, float("nan"), value) for name, value in measured.items()]
+        rows += [
+            (example, method, draw, name, float("nan"), value)
+            for name, value in measured.items()
+            if example in bounds or not name.startswith("normalised")
+        ]
     frame = pd.DataFrame(rows, columns=[column.name for column in FAITHFULNESS_COLUMNS])
     parameters = {
         **explanations.provenance.parameters,
@@ -198,8 +204,6 @@ def faithfulness_means(result: Result, level: float = 0.95, n_resamples: int = 2
     for key, group in each.groupby(keys, sort=False, dropna=False):
         values = group["value"].to_numpy(float)
         known = values[np.isfinite(values)]
-        if str(key[1]).startswith("normalised") and result.provenance.parameters.get("n_normalised") == 0:
-            continue  # not asked for
         low, high = bootstrap_mean(known, n_resamples, level)
         mean = float(known.mean()) if len(known) else float("nan")
         sd = float(known.std(ddof=1)) if len(known) > 1 else float("nan")

@@ -197,9 +197,9 @@ def test_only_the_first_examples_are_normalised(tiny: Any) -> None:
     explanations = explain(model, TEXTS, ["attention", "recency"], task=TASK)
     result = faithfulness(model, TEXTS, explanations, task=TASK, n_normalised=2)
     known = normalised(result).notna().groupby("example").all()
-    assert known.to_dict() == {0: True, 1: True, 2: False}
+    assert known.to_dict() == {0: True, 1: True}
     few = faithfulness(model, TEXTS, explanations, task=TASK, n_normalised=0)
-    assert normalised(few).isna().all()
+    assert normalised(few).empty
     assert few.provenance.parameters["computed"] < result.provenance.parameters["computed"]
 
 
@@ -214,7 +214,7 @@ def test_ties_are_broken_at_random_and_by_the_seed() -> None:
             value(of_sum(worths, scores, fractions=(0.2,), n_normalised=0, seed=seed), "mine", "comprehensiveness")
         )
 
-    found = [first_removed(seed) for seed in range(16)]
+    found = [first_removed(seed) for seed in range(64)]
     assert first_removed(3) == found[3]
     assert set(found) == {1, 2, 4, 8}  # never the last, which is lower
 

@@ -120,6 +120,24 @@ def test_company_and_budget_do_not_matter(tiny: Any, kind: str, method: str, mon
         np.testing.assert_allclose(three, one, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["few-shot", "next token", "learned positions", "encoder"])
+def test_padding_does_not_matter(tiny: Any, kind: str) -> None:
+    game = GAMES[kind](tiny)
+    target, every = EmbeddingTarget(game), list(range(len(game)))
+    assert len({game.size(example) for example in every}) == len(every)
+
+    def attribute(inputs: torch.Tensor, baselines: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        assert len(inputs) == len(every)  # all in one batch, padded
+        part = inputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(target(part, which).sum(), part)
+        return part * gradient
+
+    found = gradients._attributions(target, every, attribute)
+    for example in every:
+        expected = captum_on(PlainGame(game, example), "input_x_gradient", 0)
+        np.testing.assert_allclose(found[example], expected, atol=1e-5, rtol=1e-3)
+
+
 def test_gradient_shap_follows_the_seed(tiny: Any) -> None:
     game = GAMES["few-shot"](tiny)
     first, again, other = (run(game, "gradient_shap", [0], seed)[0][0] for seed in (1, 1, 2))

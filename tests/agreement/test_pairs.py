@@ -162,15 +162,15 @@ def test_chance_is_over_the_examples_that_count() -> None:
     assert row(result, "a", "b", "pairwise")["chance"] == 0.5
 
 
-def test_ceiling_is_the_less_steady_of_both() -> None:
+def test_ceiling_is_the_geometric_mean_of_both() -> None:
     result = pairwise_agreement(explained(random_scores()), ("kendall", "feature"), k=2)
     for measure, k in (("kendall", 0), ("feature", 2)):
         lime, shap = (row(result, name, name, measure, k)["mean"] for name in ("lime", "shap"))
         assert lime != shap
         assert max(lime, shap) < 1
-        assert row(result, "lime", "shap", measure, k)["ceiling"] == min(lime, shap)
-        assert row(result, "rollout", "shap", measure, k)["ceiling"] == shap
-        assert row(result, "lime", "lime", measure, k)["ceiling"] == lime
+        assert row(result, "lime", "shap", measure, k)["ceiling"] == pytest.approx((max(lime, 0) * max(shap, 0)) ** 0.5)
+        assert row(result, "rollout", "shap", measure, k)["ceiling"] == pytest.approx(max(shap, 0) ** 0.5)
+        assert row(result, "lime", "lime", measure, k)["ceiling"] == pytest.approx(max(lime, 0))
         assert row(result, "rollout", "ig", measure, k)["ceiling"] == 1
 
 
