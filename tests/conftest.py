@@ -30,6 +30,7 @@ _hook = install_import_hook(
             f"interp.flow.{name}"
             for name in ("positions", "graph", "patterns", "exact", "widest", "rollout", "shapley")
         ),
+        *(f"interp.agreement.{name}" for name in ("prefix_tree", "targets")),
     ],
     "beartype.beartype",
 )

@@ -78,7 +78,7 @@ class EmbeddingTarget(nn.Module):
         for_each_batch(token_batches([range(embedded.shape[1])] * len(embedded), max_tokens=self.at_once), step)
         return (found,)
 
-    def forward(self, embedded: Float[Tensor, "batch position d_model"], examples: Int[Tensor, " batch"]) -> Tensor:
+    def forward(self, embedded: Float[Tensor, "batch position d_model"], examples: Int[Tensor, "..."]) -> Tensor:
         """(batch) targets."""
         rows = examples.reshape(-1).tolist()
         rows = rows * (len(embedded) // len(rows))  # captum's DeepLiftShap repeats inputs, not a single index

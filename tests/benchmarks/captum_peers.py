@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp.agreement.coalitions import Coalitions
 from interp.agreement.perturbations import draws_seed
-from interp.agreement.prefix_tree import as_cache
+from interp.agreement.prefix_tree import Prefix
 from interp.model import set_seed
 
 
@@ -70,7 +70,7 @@ def word_scores(
 
 
 def integrated_gradients(
-    coalitions: Coalitions, example: int, n_steps: int, rows: int, prefix: Sequence[tuple[Tensor, Tensor]] = ()
+    coalitions: Coalitions, example: int, n_steps: int, rows: int, prefix: Prefix | None = None
 ) -> np.ndarray:
     """(token) integrated gradients of the logit difference between the explained label word and the other.
 
@@ -79,15 +79,15 @@ def integrated_gradients(
         example: which example.
         n_steps: of the integration.
         rows: captum's `internal_batch_size`.
-        prefix: keys and values of the example's first tokens, which do not pass through the model again; none: all do.
+        prefix: the example's first tokens, which do not pass through the model again; `None`: all do.
     """
     hf, one = coalitions.model.hf, coalitions.encoded[example]
-    skip = prefix[0][0].shape[-2] if prefix else 0
+    skip = len(prefix.ids) if prefix else 0
     words = coalitions.task.choices(coalitions.model)  # type: ignore[union-attr]
     wanted, other = words[coalitions.wanted[example][0]], words[coalitions.contrast[example][0]]
 
     def difference(embedded: Tensor) -> Tensor:
-        past = as_cache(prefix, len(embedded))
+        past = prefix.cache(len(embedded)) if prefix else None
         logits = hf(inputs_embeds=embedded, past_key_values=past, use_cache=past is not None, logits_to_keep=1).logits
         return logits[:, -1, wanted] - logits[:, -1, other]
 
