@@ -25,7 +25,7 @@ from interp.agreement.coalitions import Coalitions
 from interp.agreement.explaining import about_run, explain_coalitions
 from interp.agreement.explanation_table import explained
 from interp.agreement.pairs import pair_values, pairwise_agreement
-from interp.agreement.removal import faithfulness_of
+from interp.agreement.removal import faithfulness_of, scores_digest
 from interp.errors import InputError
 from interp.model import Model
 from interp.results import Result
@@ -138,12 +138,7 @@ def measured(
         out / "faithfulness.parquet",
         lambda: faithfulness_of(coalitions, explanations, n_normalised=n_normalised, beam=3, progress=progress),
         fingerprint=coalitions.model.fingerprint,
-        parameters={
-            **about_run(coalitions),
-            "methods": list(methods),
-            "seeds": list(seeds),
-            "n_normalised": n_normalised,
-        },
+        parameters={**about_run(coalitions), "scores": scores_digest(explanations), "n_normalised": n_normalised},
     )
     agreed = pairwise_agreement(explanations)
     agreed.save(out / "agreement.parquet")

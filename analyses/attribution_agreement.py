@@ -118,8 +118,9 @@ def run(
         "in the paper; faithfulness ranks by signed score. For the language model every coalition of tokens was computed, so "
         "that Shapley values and the best and worst order of removal are exact. DeepLIFT and DeepSHAP are not complete on "
         "transformers and would be refused; they run because the paper has them.\n\n"
-        "Chance is the mean agreement of a ranking with one dealt at random, the ceiling a method's agreement with itself under "
-        "another seed. Intervals are bootstraps over reviews, 95 %."
+        "Chance is the mean agreement of a ranking with one dealt at random; a method's agreement with itself under another "
+        "seed says how noisy it is, and the ceiling of a pair is the geometric mean of both. Intervals are bootstraps over "
+        "reviews, 95 %."
     )
     return Section("Agreement: attention rankings against attribution rankings", text, items, claims)
 

@@ -131,7 +131,12 @@ class Architecture:
         embedding: Any = self.embedding()
         self.vocab_size = int(embedding.weight.shape[0])
         positions = getattr(self.config, "max_position_embeddings", None)
-        self.n_positions = int(positions) if positions else None
+        self.n_positions = int(positions) - self._unused_positions() if positions else None
+
+    def _unused_positions(self) -> int:
+        """RoBERTa's positions begin behind the padding id."""
+        counted = str(getattr(self.config, "model_type", "")) in ("roberta", "xlm-roberta")
+        return int(self.config.pad_token_id or 0) + 1 if counted else 0
 
     def _d_mlp(self) -> int:
         width = getattr(self.config, "intermediate_size", None) or getattr(self.config, "n_inner", None)

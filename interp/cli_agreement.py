@@ -150,7 +150,7 @@ def agreement(
             methods,
             task=asked,
             target=target,
-            of=of,
+            of="gold" if continuation and task == "next_token" else of,
             baseline=_baseline(baseline),
             units=units,
             special=special,

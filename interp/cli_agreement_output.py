@@ -47,7 +47,7 @@ def print_tables(comparison: Comparison, measure: str, k: int, top: int) -> None
     named = f"{measure} of the top {k}" if k else measure
     _show(
         f"Agreement: {named}, ranked by {'|score|' if by == 'abs' else 'score'}; on the diagonal the method under another "
-        f"seed, its ceiling; by chance {_range(others['chance'])}",
+        f"seed; by chance {_range(others['chance'])}",
         matrix(comparison.agreement, measure, k).rename_axis("method").reset_index(),
     )
     pairs = others.sort_values("mean", ascending=False, kind="stable").head(top)
@@ -134,7 +134,7 @@ def write_page(comparison: Comparison, measure: str, k: int, path: Path) -> Path
         Section(f"Explanations of the first texts: {len(pictures)} of {n_texts}", "", pictures),
         Section(
             "Agreement",
-            "On the diagonal a method's agreement with itself under another seed, its ceiling. The chance level is what "
+            "On the diagonal a method's agreement with itself under another seed. The chance level is what "
             "one method's scores give when they are dealt at random.",
             [
                 plots.pairwise_agreement(agreed, measure=measure, k=k),

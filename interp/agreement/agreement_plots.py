@@ -41,7 +41,7 @@ def pairwise_agreement(result: Result, measure: str | None = None, k: int = 0) -
         k: of a measure at k; by default the first that it holds.
 
     Returns:
-        A symmetric map, methods grouped by side. On the diagonal a method meets itself under another seed, its ceiling.
+        A symmetric map, methods grouped by side. On the diagonal a method meets itself under another seed.
 
     Raises:
         InputError: another kind of result, it does not hold the measure or the k, or more cells than a figure carries.
@@ -98,7 +98,7 @@ def pairwise_agreement(result: Result, measure: str | None = None, k: int = 0) -
         drawn.add_trace(_numbers(mean, low, colors))
     _groups(drawn, names)
     spread = " (mean over pairs)" if (np.abs(apart - chance) > 5e-3).any() else ""
-    notes = [f"white: by chance {chance:.2f}{spread}; diagonal: a method with itself under another seed, its ceiling"]
+    notes = [f"white: by chance {chance:.2f}{spread}; diagonal: a method with itself under another seed"]
     notes += ["grey: no number (constant, failed or one seed)"] if missing.any() else []
     title = f"Agreement of methods: {measure_name(measure, k)}"
     headline(drawn, title, subtitle(result, "; ".join(notes)), 290 + 30 * max(size, 6), room=20)
@@ -145,7 +145,7 @@ def against_chance(result: Result, measure: str | None = None, k: int = 0, *, pa
                 y=at,
                 mode="markers",
                 marker={"symbol": mark, "size": 13, "line": {"width": 2.5, "color": color}},
-                name={"chance": "by chance", "ceiling": "ceiling: other seed"}[column],
+                name={"chance": "by chance", "ceiling": "ceiling by noise"}[column],
                 hoverinfo="skip",
             )
         )

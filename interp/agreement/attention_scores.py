@@ -17,7 +17,7 @@ their share and are not ranked.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from interp.model import Model
 
 ATTENTION_METHODS = ("attention", "attention_norm", "rollout", "widest", "flow")
 _FLOWS = {"rollout": "rollout", "widest": "widest", "flow": "exact"}
-_AT_ONCE = 16  # examples whose matrices (layer, query, key) are kept together
+_AT_ONCE = 2**26  # numbers in the matrices (layer, query, key) that are kept together: 256 MiB
 
 
 def attention_scores(
@@ -49,7 +49,8 @@ def attention_scores(
         progress: a progress bar on stderr.
 
     Returns:
-        {method: (per example (token) scores of at least 0, seconds: its own and its share of the passes)}.
+        {method: (per example (token) scores of at least 0, NaN where the target is not finite; its own seconds and its
+        share of the passes')}.
 
     Raises:
         InputError: an unknown method, a layer out of range, a model without attention.
@@ -57,33 +58,47 @@ def attention_scores(
     """
     model = coalitions.model
     split = {method: split_layer(method, model) for method in methods}
-    found: dict[str, list[np.ndarray]] = {method: [] for method in methods}
+    found: dict[str, dict[int, np.ndarray]] = {method: {} for method in methods}
     seconds = dict.fromkeys(methods, 0.0)
     passes = [
         [method for method in methods if (split[method][0] == "attention_norm") == norm] for norm in (False, True)
     ]
     label = progress if isinstance(progress, str) else "attention"
-    with tqdm(total=len(examples) * sum(map(bool, passes)), desc=label, disable=not progress, leave=False) as bar:
+    fine = [example for example in examples if np.isfinite(coalitions.full(example))]  # else the pattern is NaN, too
+    with tqdm(total=len(fine) * sum(map(bool, passes)), desc=label, disable=not progress, leave=False) as bar:
         for group in filter(None, passes):
             heads = "norm" if split[group[0]][0] == "attention_norm" else "mean"
             layers = sorted({layer for method in group if (layer := split[method][1]) is not None})
             everywhere = any(split[method][1] is None for method in group)
-            for start in range(0, len(examples), _AT_ONCE):
+            for some in _groups(coalitions, fine, model.arch.n_layers if everywhere else len(layers)):
                 began = time.perf_counter()
-                some = examples[start : start + _AT_ONCE]
                 ids = [list(coalitions.encoded[at].ids) for at in some]
                 graphs = attention_graph(model, ids, heads=heads, layers=None if everywhere else layers)
                 shared = (time.perf_counter() - began) / len(group)
                 for method in group:
                     began = time.perf_counter()
                     name, layer = split[method]
-                    found[method] += [
-                        _score(coalitions, example, graph, name, layer)
-                        for example, graph in zip(some, graphs, strict=True)
-                    ]
+                    for example, graph in zip(some, graphs, strict=True):
+                        found[method][example] = _score(coalitions, example, graph, name, layer)
                     seconds[method] += time.perf_counter() - began + shared
                 bar.update(len(some))
-    return {method: (found[method], seconds[method]) for method in methods}
+    nothing = {example: np.full(coalitions.size(example), np.nan) for example in examples}
+    return {method: ([(nothing | found[method])[at] for at in examples], seconds[method]) for method in methods}
+
+
+def _groups(coalitions: Coalitions, examples: Sequence[int], n_layers: int) -> Iterator[list[int]]:
+    """Examples whose matrices fit together, one at least."""
+    group: list[int] = []
+    total = 0
+    for example in examples:
+        numbers = n_layers * len(coalitions.encoded[example].ids) ** 2
+        if group and total + numbers > _AT_ONCE:
+            yield group
+            group, total = [], 0
+        group.append(example)
+        total += numbers
+    if group:
+        yield group
 
 
 def split_layer(method: str, model: Model) -> tuple[str, int | None]:
@@ -116,7 +131,7 @@ def _score(coalitions: Coalitions, example: int, graph: AttentionGraph, name: st
     else:
         layers = slice(None) if layer is None else [graph.layers.index(layer)]
         rows = graph.attention[layers][:, targets][:, :, sources].mean(0)
-    return rows.double().mean(0).cpu().numpy()
+    return rows.cpu().double().mean(0).numpy()
 
 
 def target_positions(coalitions: Coalitions, example: int) -> list[int]:

@@ -68,6 +68,8 @@ class Coalitions:
         max_tokens: int | None = None,
     ) -> None:
         check_target(target, of)
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens}; expected at least 1 token in a batch")
         self.model = model
         self.task: Task = default_task(model) if task is None else task
         self.encoded = encode_examples(model, self.task, examples, units=units, special=special)
@@ -277,7 +279,7 @@ def resolve_baseline(model: Model, baseline: str | int | None) -> tuple[str, int
     if baseline in VECTORS:
         weight = stored_weight(model.arch.embedding(), "weight")
         if baseline == "zero":
-            return baseline, size, torch.zeros(model.arch.d_model, device=model.device, dtype=model.dtype)
+            return baseline, size, torch.zeros(weight.shape[1], device=model.device, dtype=weight.dtype)
         embedded = model.arch.embedding()(torch.arange(size, device=model.device)).detach()
         return baseline, size, embedded.float().mean(0).to(weight.dtype)
     if isinstance(baseline, int):

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from interp.agreement.coalitions import Coalitions
 from interp.agreement.explaining import Custom, explain_coalitions
 from interp.agreement.pairs import pairwise_agreement
-from interp.agreement.rankings import MEASURES
+from interp.agreement.rankings import MEASURES, check_measure
 from interp.agreement.removal import faithfulness_of
 from interp.agreement.tasks import Task
+from interp.errors import InputError
 from interp.model import Model
 from interp.results import Result
 
@@ -29,6 +30,26 @@ class Comparison(NamedTuple):
     agreement: Result
     faithfulness: Result
 
+    def save(self, folder: str | Path) -> Path:
+        """Writes explanations.parquet, agreement.parquet and faithfulness.parquet; `interp.load_result` reads each.
+
+        Args:
+            folder: new or existing.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ResourceError: a file cannot be written.
+        """
+        for name, result in zip(self._fields, self, strict=True):
+            result.save(Path(folder) / f"{name}.parquet")
+        return Path(folder)
+
+    def plot(self, **options: Any) -> Any:
+        """Every two methods' agreement; see `interp.agreement.plots.pairwise_agreement`."""
+        return self.agreement.plot(**options)
+
 
 def compare(
     model: Model,
@@ -43,7 +64,7 @@ def compare(
     special: bool = False,
     seeds: Sequence[int] = (0, 1),
     measures: Sequence[str] | None = None,
-    k: Sequence[int] = (3,),
+    k: int | Sequence[int] = (3,),
     rank_by: str = "abs",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     custom: Custom | None = None,
@@ -71,6 +92,15 @@ def compare(
     Raises:
         InputError: see `explain` and `pairwise_agreement`.
     """
+    measures = tuple(MEASURES) if measures is None else tuple(measures)
+    top = [k] if isinstance(k, int) else list(k)
+    for name in measures:
+        for at in top or [0]:
+            check_measure(name, at, rank_by)
+    if methods is not None and len({methods} if isinstance(methods, str) else set(methods)) + len(custom or {}) < 2:
+        raise InputError(
+            f"methods={methods!r}; expected at least two to compare; interp.agreement.explain runs one alone"
+        )
     coalitions = Coalitions(
         model,
         examples,
@@ -85,8 +115,6 @@ def compare(
     explanations = explain_coalitions(
         coalitions, methods, seeds=seeds, options=options, custom=custom, force=force, out=out, progress=progress
     )
-    agreed = pairwise_agreement(
-        explanations, tuple(MEASURES) if measures is None else measures, k=tuple(k), rank_by=rank_by
-    )
+    agreed = pairwise_agreement(explanations, measures, k=top, rank_by=rank_by)
     faithful = faithfulness_of(coalitions, explanations, n_normalised=n_normalised, progress=progress)
     return Comparison(explanations, agreed, faithful)

@@ -210,7 +210,7 @@ def _custom(name: str, scores: Sequence[Sequence[float]], coalitions: Coalitions
         raise InputError(f"custom={name!r} is the name of a method; choose another")
     if len(scores) != len(coalitions):
         raise InputError(f"custom[{name!r}] has scores of {len(scores)} examples; expected {len(coalitions)}")
-    kept = [np.asarray(one, dtype=float) for one in scores]
+    kept = [np.asarray(one.detach().cpu() if hasattr(one, "detach") else one, dtype=float) for one in scores]
     for at, (one, encoded) in enumerate(zip(kept, coalitions.encoded, strict=True)):
         if one.shape != (len(encoded.units),):
             raise InputError(
@@ -274,7 +274,9 @@ def _frame(
     for example, one in enumerate(coalitions.encoded):
         own = scores[example]
         error = completeness_error(coalitions, example, own) if method.side == "attribution" else float("nan")
-        summed = own if method.side == "custom" else np.array([own[list(group)].sum() for group in one.units])
+        summed = (
+            own if method.side in ("custom", "baseline") else np.array([own[list(group)].sum() for group in one.units])
+        )
         frames.append(
             pd.DataFrame(
                 {

@@ -26,11 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.agreement.coalitions import Coalitions
-from interp.agreement.perturbations import draws_seed
+from interp.agreement.perturbations import draws_seed, own_draws
 from interp.agreement.prefix_tree import padded_logits
 from interp.batching import Batch, for_each_batch, token_batches
 from interp.errors import InputError
-from interp.model import set_seed
 
 # (inputs, baselines, examples' indices) -> attributions (batch, position, d_model)
 Attribute = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -78,8 +77,9 @@ class EmbeddingTarget(nn.Module):
         for_each_batch(token_batches([range(embedded.shape[1])] * len(embedded), max_tokens=self.at_once), step)
         return (found,)
 
-    def forward(self, embedded: Float[Tensor, "batch position d_model"], examples: Int[Tensor, "..."]) -> Tensor:
+    def forward(self, embedded: Float[Tensor, "batch position d_model"], examples: Int[Tensor, ...]) -> Tensor:
         """(batch) targets."""
+        embedded = embedded.to(self.coalitions.model.dtype)  # captum's GradientShap mixes in float32
         rows = examples.reshape(-1).tolist()
         rows = rows * (len(embedded) // len(rows))  # captum's DeepLiftShap repeats inputs, not a single index
         np.add.at(self.calls, rows, 1)
@@ -265,8 +265,8 @@ def _one_by_one(
 
     def step(batch: Batch) -> None:
         example = examples[batch.rows[0]]
-        set_seed(draws_seed(seed, example))
-        found.update(_attributions(target, [example], lambda *given: attribute(target, *given)))
+        with own_draws(draws_seed(seed, example)):
+            found.update(_attributions(target, [example], lambda *given: attribute(target, *given)))
 
     rows = [coalitions.encoded[example].ids[target.skip :] for example in examples]
     batches = token_batches(rows, max_tokens=1, pad_id=coalitions.model.pad_id)
@@ -294,7 +294,7 @@ def _attributions(target: EmbeddingTarget, which: Sequence[int], attribute: Attr
     except BaseException:
         target.calls[:] = before
         raise
-    scores = found.detach().float().sum(-1).double().cpu().numpy()
+    scores = found.detach().float().sum(-1).cpu().double().numpy()
     explained: dict[int, np.ndarray] = {}
     for row, example in enumerate(which):
         own = scores[row, [position - target.skip for position in coalitions.encoded[example].positions]]

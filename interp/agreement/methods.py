@@ -7,7 +7,8 @@
 | | shapley (exact), deeplift and deepshap (refused where they are not complete) |
 | baseline | random, recency (the later the higher), first (the earlier the higher), rarity (the higher a token's id, the rarer) |
 
-Rarity: byte-pair and word-piece vocabularies are built from frequent to rare, so that an id is a rank of rarity; specials apart.
+Rarity: byte-pair and word-piece vocabularies are built from frequent to rare, so that an id is a rank of rarity; specials
+apart. A word is as rare as its rarest token.
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ class Method:
         return tuple(one.name for one in kinds if one.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
+# Baselines score units, not tokens: a word of many tokens is one place in the text.
+
+
 def _random(coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False) -> list[np.ndarray]:
     draws = [np.random.default_rng([seed, example]) for example in examples]
-    return [rng.permutation(coalitions.size(example)) + 1.0 for rng, example in zip(draws, examples, strict=True)]
+    sizes = [len(coalitions.encoded[example].units) for example in examples]
+    return [rng.permutation(size) + 1.0 for rng, size in zip(draws, sizes, strict=True)]
 
 
 def _recency(coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False) -> list[np.ndarray]:
-    return [np.arange(coalitions.size(example)) + 1.0 for example in examples]
+    return [np.arange(len(coalitions.encoded[example].units)) + 1.0 for example in examples]
 
 
 def _first(coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False) -> list[np.ndarray]:
@@ -66,10 +71,8 @@ def _first(coalitions: Coalitions, examples: Sequence[int], seed: int, progress:
 
 
 def _rarity(coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False) -> list[np.ndarray]:
-    return [
-        np.array([coalitions.encoded[example].ids[at] + 1.0 for at in coalitions.encoded[example].positions])
-        for example in examples
-    ]
+    encoded = [coalitions.encoded[example] for example in examples]
+    return [np.array([max(one.ids[one.positions[at]] for at in group) + 1.0 for group in one.units]) for one in encoded]
 
 
 def _too_long(coalitions: Coalitions, options: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ from interp.errors import InputError
 from interp.model import set_seed
 
 LONGEST_EXACT = 12  # tokens: 4,096 coalitions
+_TOKENS_ASKED = 4_000_000  # of explained tokens in all inputs that are asked for before they are computed
+_ROUNDING = 1e-6  # relative; of float32 logits in different batches
 
 
 def leave_one_out(
@@ -72,32 +75,36 @@ def shapley_sampling(
 
 
 def kernel_shap(
-    coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False, *, n_samples: int = 200
+    coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False, *, n_samples: int | None = None
 ) -> list[np.ndarray]:
-    """KernelSHAP from `n_samples` coalitions, the full and the empty one among them; see `leave_one_out`."""
+    """KernelSHAP from `n_samples` coalitions, the full and the empty one among them; see `leave_one_out`.
+
+    By default 200, or four times as many as tokens. Fewer than tokens fit no regression: a warning says so.
+    """
     from captum.attr import KernelShap
 
-    _check_samples("kernel_shap", n_samples, 3)
+    _check_samples("kernel_shap", n_samples, 3, max(map(coalitions.size, examples)))
 
     def attribute(forward: Any, ones: Tensor) -> Tensor:
-        return KernelShap(forward).attribute(ones, n_samples=n_samples, perturbations_per_eval=n_samples)
+        count = n_samples or max(200, 4 * ones.shape[1])
+        return KernelShap(forward).attribute(ones, n_samples=count, perturbations_per_eval=count)
 
     return _ask_and_answer(coalitions, examples, attribute, seed, progress)
 
 
 def lime(
-    coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False, *, n_samples: int = 200
+    coalitions: Coalitions, examples: Sequence[int], seed: int, progress: Any = False, *, n_samples: int | None = None
 ) -> list[np.ndarray]:
-    """LIME with a linear regression (captum's default, a lasso, ties most tokens at zero); see `leave_one_out`."""
+    """LIME with a linear regression (captum's default, a lasso, ties most tokens at zero); samples as in `kernel_shap`."""
     from captum._utils.models.linear_model import SkLearnLinearRegression
     from captum.attr import Lime
 
-    _check_samples("lime", n_samples, 2)
+    _check_samples("lime", n_samples, 2, max(map(coalitions.size, examples)))
 
     def attribute(forward: Any, ones: Tensor) -> Tensor:
-        surrogate = SkLearnLinearRegression()
+        surrogate, count = SkLearnLinearRegression(), n_samples or max(200, 4 * ones.shape[1])
         return Lime(forward, interpretable_model=surrogate).attribute(
-            ones, n_samples=n_samples, perturbations_per_eval=n_samples
+            ones, n_samples=count, perturbations_per_eval=count
         )
 
     return _ask_and_answer(coalitions, examples, attribute, seed, progress)
@@ -153,10 +160,14 @@ def exact_shapley(values: Float[np.ndarray, " coalition"], n: int) -> Float[np.n
     return scores
 
 
-def _check_samples(name: str, n_samples: int, least: int) -> None:
-    if n_samples < least:
+def _check_samples(name: str, n_samples: int | None, least: int, tokens: int = 0) -> None:
+    if n_samples is not None and n_samples < least:
         raise InputError(
             f"{name}: n_samples={n_samples}; expected at least {least}, and several times as many as tokens"
+        )
+    if n_samples is not None and n_samples <= tokens:
+        warnings.warn(
+            f"{name}: {n_samples} samples for {tokens} tokens determine no regression; take more", stacklevel=2
         )
 
 
@@ -167,40 +178,73 @@ def _ask_and_answer(
     seed: int,
     progress: Any,
 ) -> list[np.ndarray]:
-    """The three steps of the module docstring."""
+    """The three steps of the module docstring, a group of examples at a time."""
+    found: dict[int, np.ndarray] = {}
     asked: dict[int, np.ndarray] = {}
-    several = [example for example in examples if coalitions.size(example) > 1]
-    label = progress if isinstance(progress, str) else None
-    for example in tqdm(several, desc=f"{label or ''} asks", disable=not progress, leave=False):
+    waiting, name = 0, progress if isinstance(progress, str) else ""
+    for example in tqdm(examples, desc=f"{name} asks", disable=not progress, leave=False):
+        size = coalitions.size(example)
+        if size == 1:
+            found[example] = np.array([coalitions.full(example) - coalitions.empty(example)])
+            continue
         noted: list[np.ndarray] = []
 
         def note(masks: Tensor, noted: list[np.ndarray] = noted) -> Tensor:
             noted.append(masks.numpy() > 0.5)
             return torch.zeros(len(masks), dtype=torch.float64)
 
-        _run(attribute, note, coalitions.size(example), seed, example)
+        _run(attribute, note, size, seed, example)
         asked[example] = np.concatenate(noted)
-    coalitions.compute(asked, progress)
-    scores = []
-    for example in examples:
-        if example not in asked:
-            scores.append(np.array([coalitions.full(example) - coalitions.empty(example)]))
-            continue
+        waiting += asked[example].size
+        if waiting > _TOKENS_ASKED:
+            found |= _answers(coalitions, asked, attribute, seed, progress)
+            asked, waiting = {}, 0
+    found |= _answers(coalitions, asked, attribute, seed, progress)
+    return [found[example] for example in examples]
 
-        def answer(masks: Tensor, example: int = example) -> Tensor:
-            return torch.from_numpy(coalitions.known(example, masks.numpy() > 0.5))
 
-        scores.append(_run(attribute, answer, coalitions.size(example), seed, example))
+def _answers(
+    coalitions: Coalitions,
+    asked: dict[int, np.ndarray],
+    attribute: Callable[[Any, Tensor], Tensor],
+    seed: int,
+    progress: Any,
+) -> dict[int, np.ndarray]:
+    """Scores from values that are computed here; NaN where one is not finite, 0 where all are the same but for rounding."""
+    scores = {}
+    for example, values in coalitions.values(asked, progress).items():
+        if not np.isfinite(values).all():
+            scores[example] = np.full(coalitions.size(example), np.nan)
+        elif np.ptp(values) <= _ROUNDING * np.abs(values).max():
+            scores[example] = np.zeros(coalitions.size(example))
+        else:
+
+            def answer(masks: Tensor, example: int = example) -> Tensor:
+                return torch.from_numpy(coalitions.known(example, masks.numpy() > 0.5))
+
+            scores[example] = _run(attribute, answer, coalitions.size(example), seed, example)
     return scores
 
 
 def _run(attribute: Callable[[Any, Tensor], Tensor], forward: Any, size: int, seed: int, example: int) -> np.ndarray:
     """One example's scores, with its own draws."""
-    with _one_thread(), warnings.catch_warnings():
+    with _one_thread(), own_draws(draws_seed(seed, example)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captum and scikit-learn on constant answers
-        set_seed(draws_seed(seed, example))
         found = attribute(forward, torch.ones(1, size, dtype=torch.float64))
     return found[0].double().numpy()
+
+
+@contextlib.contextmanager
+def own_draws(seed: int) -> Iterator[None]:
+    """Seeded draws of torch, numpy and random inside the block; afterwards each generator (of the CPU) goes on as before."""
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002 - captum draws from the global one
+    with torch.random.fork_rng(devices=[]):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)  # noqa: NPY002
+            random.setstate(pythons)
 
 
 def draws_seed(seed: int, example: int) -> int:

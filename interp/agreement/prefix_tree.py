@@ -76,7 +76,7 @@ class Readout:
             weight = model.arch.head_weight()[list(self.choices)].to(hidden)
             logits = (hidden @ weight.T).float()
             if getattr(head, "bias", None) is not None:
-                logits = logits + head.bias[list(self.choices)].float()
+                logits = logits + head.bias[list(self.choices)].to(logits)
         cap = getattr(model.arch.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
@@ -123,7 +123,7 @@ def read_logits(
         for start in range(0, len(sources), len(at)):
             places, rows = zip(*sources[start : start + len(at)], strict=True)
             some = logits if len(sources) == len(at) else logits[list(places)]
-            found[list(rows)] = reduce(some, rows).double().cpu().numpy()
+            found[list(rows)] = reduce(some, rows).cpu().double().numpy()
 
     if readout.n_reads and packs(model, max(map(len, ordered))):
         if prefix is None:
@@ -260,6 +260,10 @@ def _in_chunks(
             use_cache=bool(skip),
         ).last_hidden_state[0]
         at = torch.tensor(ends, device=hidden.device)
+        if chunk.size > 1 and not bool(torch.isfinite(hidden[at]).all()):
+            for half in chunk.halves():  # a masked key that is NaN still makes its whole row NaN: find whose it is
+                step(half)
+            return
         step_size = max(1, _HEAD_ROWS // readout.n_reads)
         for start in range(0, len(ends), step_size):
             some = slice(start, start + step_size)

@@ -8,7 +8,8 @@
    2408.08137) removes one unit after the other, takes the mean of f(x) − f(what is left) over all n steps, and puts it
    between the worst (0) and the best (1) order of the same text. These are exact, from all 2ⁿ coalitions, up to
    `longest_exact` units, else found by beam search,
-   which a ranking may beat. For sufficiency the lowest goes first, and 0 is best.
+   widened by what the
+   rankings themselves reach. For sufficiency the lowest goes first, and 0 is best.
 3. *Leave-one-out*: Spearman's correlation with the drop from removing each token alone.
 
 Removing means replacing by the baseline of `Coalitions`: inputs that are asked for by several methods run once.
@@ -17,6 +18,7 @@ Removing means replacing by the baseline of `Coalitions`: inputs that are asked 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -127,6 +129,8 @@ def faithfulness_of(
         raise InputError(
             f"fractions={tuple(fractions)}, beam={beam}; expected fractions in (0, 1] and a beam of at least 1"
         )
+    if n_normalised is not None and n_normalised < 0:
+        raise InputError(f"n_normalised={n_normalised}; expected at least 0, or None for all examples")
     vectors = score_vectors(explanations, rank_by)
     asked_before, computed_before = int(coalitions.asked.sum()), int(coalitions.computed.sum())
     normalised = list(vectors)[: len(vectors) if n_normalised is None else n_normalised]
@@ -146,6 +150,14 @@ def faithfulness_of(
         wanted[example] += list(np.eye(n, dtype=bool))
     _drops(coalitions, wanted, progress and "removal")
     bounds = _bounds(coalitions, normalised, longest_exact, beam, progress)
+    areas: dict[tuple[Any, ...], float] = {}
+    for (example, *key), order in orders.items():
+        if order is not None and example in bounds:
+            for name, way in (("comprehensiveness", order), ("sufficiency", order[::-1])):
+                area = float(_drops(coalitions, {example: _chain(way)})[example].mean())
+                areas[example, *key, name] = area
+                # Exact bounds hold; a beam search may have missed what a ranking found.
+                bounds[example] = min(bounds[example][0], area), max(bounds[example][1], area)
     rows: list[tuple[Any, ...]] = []
     for (example, method, draw), order in orders.items():
         n = len(coalitions.encoded[example].units)
@@ -160,8 +172,8 @@ def faithfulness_of(
             measured["leave_one_out"] = agreement(vectors[example][method, draw], alone, "spearman", rank_by=rank_by)
             if example in bounds:
                 low, high = bounds[example]
-                for name, way in (("comprehensiveness", order), ("sufficiency", order[::-1])):
-                    area = float(_drops(coalitions, {example: _chain(way)})[example].mean())
+                for name in points:
+                    area = areas[example, method, draw, name]
                     measured[f"normalised_{name}"] = (area - low) / (high - low) if high > low else float("nan")
         for name, values in points.items():
             rows += [(example, method, draw, name, at, value) for at, value in zip(fractions, values, strict=False)]
@@ -173,6 +185,7 @@ def faithfulness_of(
     frame = pd.DataFrame(rows, columns=[column.name for column in FAITHFULNESS_COLUMNS])
     parameters = {
         **explanations.provenance.parameters,
+        "scores": scores_digest(explanations),
         "faithful_rank_by": rank_by,
         "fractions": list(fractions),
         "n_normalised": len(normalised),
@@ -330,6 +343,11 @@ def _check_same(coalitions: Coalitions, explanations: Result) -> None:
             f"the explanations are of another {', '.join(different)}: tokens or targets would not match; explain these examples "
             f"with this model and task first"
         )
+
+
+def scores_digest(explanations: Result) -> str:
+    """Which scores were ranked: 16 hex digits."""
+    return hashlib.sha256(explanations.frame["score"].to_numpy(float).tobytes()).hexdigest()[:16]
 
 
 def _baseline(made: Mapping[str, Any]) -> str | int:

@@ -94,7 +94,7 @@ class Verbalizer:
 
 @dataclass(frozen=True)
 class NextToken:
-    """The next token: the predicted one, or an example's label, which is one token."""
+    """The next token: the predicted one, or with of="gold" an example's label, which is one token."""
 
     name: str = field(default="next_token", init=False)
 

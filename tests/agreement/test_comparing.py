@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from plain_games import tiny_classifier
 
 import interp
@@ -16,6 +18,7 @@ from interp.agreement import Comparison, compare, explain, faithfulness, pairwis
 from interp.agreement.methods import DEFAULT_METHODS
 from interp.agreement.rankings import MEASURES
 from interp.agreement.tasks import Verbalizer
+from interp.errors import InputError
 from interp.results import load_result
 
 TASK = Verbalizer(
@@ -123,3 +126,46 @@ def test_settings_reach_their_step(tiny: Any, tmp_path: Path) -> None:
     assert row["mean"] == pytest.approx((1 - 0.5 + 1 - 6 * 8 / (6 * 35)) / 3)
     pd.testing.assert_frame_equal(load_result(tmp_path / "run").frame, comparison.explanations.frame)
     assert [one["explained"] for one in comparison.explanations.attachments["examples"]] == ["no", "yes", "yes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tiny: Any, dtype: torch.dtype) -> None:
+    model = tiny()
+    whole = compare(model, ENCODED, ["leave_one_out", "gradient_shap", "attention"], seeds=(0,))
+    model.hf.to(dtype)
+    half = compare(model, ENCODED, ["leave_one_out", "gradient_shap", "attention"], seeds=(0,))
+    for one, other in zip(whole, half, strict=True):
+        assert len(one.frame) == len(other.frame)
+    assert np.isfinite(half.explanations.frame["score"]).all()
+    values = [found.explanations.frame.drop_duplicates("example")["value"] for found in (whole, half)]
+    assert np.allclose(*values, atol=0.3)
+
+
+def test_too_few_methods_are_refused_before_anything_runs(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interp.agreement.comparing.Coalitions", None)
+    for settings in ({"methods": ["lime"]}, {"measures": ["foo"]}, {"rank_by": "size"}, {"k": 0}):
+        with pytest.raises(InputError):
+            compare(tiny(), ENCODED, **settings)
+
+
+def test_the_callers_random_state_is_left_alone(tiny: Any) -> None:
+    model = tiny()
+
+    def draws(between: Any) -> list[float]:
+        torch.manual_seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        random.seed(5)
+        between()
+        return [torch.rand(1).item(), np.random.rand(), random.random()]  # noqa: NPY002
+
+    few = {"lime": {"n_samples": 20}}
+    compare(model, ENCODED, ["lime", "gradient_shap"], options=few)  # what is imported on the way may draw
+    assert draws(lambda: compare(model, ENCODED, ["lime", "gradient_shap"], options=few)) == draws(lambda: None)
+
+
+def test_a_comparison_is_saved_and_drawn(tiny: Any, tmp_path: Path) -> None:
+    made = compare(tiny(), ENCODED, ["recency", "leave_one_out"])
+    made.save(tmp_path / "new")
+    for name, result in zip(made._fields, made, strict=True):
+        assert load_result(tmp_path / "new" / f"{name}.parquet").equals(result)
+    assert made.plot().data

@@ -350,3 +350,32 @@ def test_encoded_examples_are_explained_the_same(model: Any) -> None:
     assert (second.frame["computed"] == 0).all()  # all is known already
     expected = first.frame[first.frame["method"] == "shapley"]["score"].to_numpy()
     np.testing.assert_array_equal(second.frame["score"], expected)
+
+
+def test_baselines_score_words_not_their_tokens(tiny: Any) -> None:
+    model = tiny()
+    words = explain(model, [[20, 4, 21, 4, 5, 22]], ["recency", "first", "rarity"], units="words").frame
+    n = int(words["unit"].max()) + 1
+    assert n < 6  # "Dog" without its space continues a word
+    assert words[words["method"] == "recency"]["score"].tolist() == list(range(1, n + 1))
+    assert words[words["method"] == "first"]["score"].tolist() == list(range(n, 0, -1))
+
+
+def test_a_target_that_is_not_finite_fails_its_own_example_alone(tiny: Any) -> None:
+    model = tiny()
+    bad = 40
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight[bad] = float("nan")
+    methods = ["attention", "flow", "leave_one_out", "lime", "kernel_shap", "shapley_sampling", "integrated_gradients"]
+    made = explain(model, [[5, 6, 7], [5, bad, 7]], methods, baseline=0)
+    failed = made.frame.groupby(["method", "example"], observed=True)["score"].apply(lambda score: score.isna().all())
+    assert failed.unstack().to_numpy().tolist() == [[False, True]] * len(methods)
+
+
+@pytest.mark.parametrize("method", ["leave_one_out", "lime", "kernel_shap", "shapley_sampling", "shapley"])
+def test_a_constant_target_gives_no_ranking(tiny: Any, method: str) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.arch.lm_head().weight.zero_()
+    made = explain(model, [[5, 6, 7, 8], [5, 9, 7]], [method])
+    assert (made.frame["score"] == 0).all()
