@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from plain_forward import PIECES, byte_pairs, exact, plain_logits, tiny_classifier, word_pieces
-from tiny_models import VOCAB, tiny_hf, tiny_tokenizer
+from tiny_models import SIZES, VOCAB, tiny_hf, tiny_tokenizer
 
 from interp.agreement.coalitions import Coalitions, resolve_baseline
 from interp.agreement.targets import TARGETS
@@ -386,3 +387,19 @@ def test_bad_questions() -> None:
         Coalitions(model_of("lm"), [" dog"], target="logits")
     with pytest.raises(InputError, match="of='label'"):
         Coalitions(model_of("lm"), [" dog"], of="label")
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Electra"])
+def test_other_encoders_by_their_own_limits_and_widths(kind: str) -> None:
+    sizes = {**SIZES, "max_position_embeddings": 22, "pad_token_id": 1}
+    if kind == "Electra":
+        sizes |= {"embedding_size": 8, "max_position_embeddings": 20}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = load_model(getattr(transformers, f"{kind}ForSequenceClassification")(config).eval(), tiny_tokenizer())
+    assert model.arch.n_positions == 20
+    longest = list(range(4, 24))
+    game = Coalitions(model, [longest, longest[:5]], baseline="zero")
+    assert np.isfinite([game.full(0), game.empty(0), game.full(1)]).all()
+    with pytest.raises(InputError, match="context is 20 tokens"):
+        Coalitions(model, [[*longest, 5]])
