@@ -8,6 +8,7 @@ is on its side, fails if one is surely on the other (at a level for so many look
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -241,9 +242,14 @@ def _predicts(table: pd.DataFrame, scores: pd.DataFrame, methods: Sequence[str],
 
     Holds if a relevant correlation is ruled out, fails if it is surely above 0, and is open otherwise.
     """
-    agreed = np.stack(
-        [np.nanmean([_values(table, (name, other)) for other in methods if other != name], axis=0) for name in methods]
-    )  # (method, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a constant ranking agrees with none on its review
+        agreed = np.stack(
+            [
+                np.nanmean([_values(table, (name, other)) for other in methods if other != name], axis=0)
+                for name in methods
+            ]
+        )  # (method, example)
     faithful = scores[list(methods)].to_numpy().T
     rng = np.random.default_rng(0)
     n_methods, n_reviews = agreed.shape
