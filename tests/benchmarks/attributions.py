@@ -62,9 +62,9 @@ class Work:
     reviews: list[str]
     quick: bool = False
     whole: int = 2
-    shap: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3), (4, 5), (6, 7))
+    shap: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3), (4, 5))
     n_samples: int = 200
-    gradient: tuple[tuple[int, ...], ...] = tuple(tuple(range(at, at + 8)) for at in range(0, 16, 8))
+    gradient: tuple[tuple[int, ...], ...] = tuple(tuple(range(at, at + 4)) for at in range(0, 12, 4))
     n_steps: int = 50
     rows: tuple[int, ...] = (16, 50)
     options: Mapping[str, Mapping[str, Any]] | None = None
@@ -136,7 +136,7 @@ def leave_one_out_row(work: Work) -> Row:
         against="captum LLMAttribution",
         target="<= 0.2",
         **ratio_of(times["ours"], times["theirs"]),
-        n=f"{len(everything)} reviews behind {asked.prefix} shared tokens",
+        n=f"{len(everything)} reviews behind {len(asked.prefix.ids)} shared tokens",
         note=_agree(found["ours"], [a - b for a, b in zip(found["theirs"], other, strict=False)])
         + "; perturbations_per_eval=1, more raises",
     )
