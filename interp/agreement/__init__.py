@@ -19,7 +19,7 @@ _NAMES = {
     "clusters": "clustering",
     "costs": "explanation_table",
 }
-_MODULES = ("plots",)
+_MODULES = ("ground_truth", "plots")
 __all__ = [*_NAMES, *_MODULES]
 
 
