@@ -205,10 +205,10 @@ def _check_methods(methods: list[str], forced: list[str], given: list[str]) -> d
 
 
 def _number(method: str, key: str, value: str, run: Any) -> int | float:
-    """An option's value, of its default's type."""
+    """An option's value: a number with a fraction where the default is one, else a whole number."""
     import inspect
 
-    kind = type(inspect.signature(run).parameters[key].default)
+    kind = float if isinstance(inspect.signature(run).parameters[key].default, float) else int
     try:
         number = kind(value)
         if not 0 < number < float("inf"):

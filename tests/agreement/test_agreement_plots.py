@@ -175,7 +175,7 @@ def test_pairs_are_sorted_with_interval_chance_and_ceiling() -> None:
         assert (trace.error_x.array[0], trace.error_x.arrayminus[0]) == pytest.approx((0.1, 0.1))
     assert len({(trace.marker.symbol, trace.marker.color) for trace in drawn.data[2:]}) == 5
     assert named(drawn, "by chance").x.tolist() == pytest.approx([0.05] * 5)
-    assert named(drawn, "ceiling: other seed").x.tolist() == pytest.approx([0.8] * 5)
+    assert named(drawn, "ceiling by noise").x.tolist() == pytest.approx([0.8] * 5)
     assert "1 pair has no number" in drawn.layout.title.subtitle.text
     assert "90 % interval" in drawn.layout.title.subtitle.text
     assert small(drawn)
