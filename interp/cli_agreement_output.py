@@ -34,6 +34,7 @@ def print_json(comparison: Comparison) -> None:
 
 
 def print_tables(comparison: Comparison, measure: str, k: int, top: int) -> None:
+    """What was explained, agreement by one measure, its `top` pairs, faithfulness, costs, and what was left out."""
     from interp.agreement import costs
     from interp.agreement.pairs import matrix
 

@@ -213,6 +213,25 @@ def to_float32(array: Any) -> "np.ndarray":
     return np.asarray(array, dtype=np.float32)
 
 
+def error_bars(rows: Any, color: str, thickness: float = 1.2) -> dict[str, Any]:
+    """Error bars from the columns low and high around the column mean.
+
+    Args:
+        rows: a frame with these columns.
+        color: of the bars.
+        thickness: in pixels.
+    """
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": to_float32(rows["high"] - rows["mean"]),
+        "arrayminus": to_float32(rows["mean"] - rows["low"]),
+        "thickness": thickness,
+        "width": 0,
+        "color": color,
+    }
+
+
 def _axis(name: str, unit: str) -> str:
     return for_plotly(f"{name} [{unit}]" if unit else name, inner=False)
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.agreement.method_looks import MEASURE_NAMES, by_side, errors, headline, measure_name, plain, subtitle
+from interp.agreement.method_looks import MEASURE_NAMES, by_side, headline, measure_name, plain, subtitle
 from interp.agreement.methods import side_of
 from interp.agreement.pairs import KIND, matrix
 from interp.agreement.rankings import MEASURES
 from interp.errors import InputError
-from interp.plotting import DIVERGING, PALETTE, REFERENCE, cap_cells, figure, text_color, to_float32
+from interp.plotting import DIVERGING, PALETTE, REFERENCE, cap_cells, error_bars, figure, text_color, to_float32
 from interp.results import Result
 
 # Kinds of pairs, most interesting first: a baseline or a ranking of the user's own makes its pair one of theirs.
@@ -156,7 +156,7 @@ def against_chance(result: Result, measure: str | None = None, k: int = 0, *, pa
                 go.Scatter(
                     x=to_float32(shown["mean"][here]),
                     y=at[here],
-                    error_x=errors(shown[here], color),
+                    error_x=error_bars(shown[here], color),
                     mode="markers",
                     marker={"color": color, "symbol": symbol, "size": 8},
                     name=kind,

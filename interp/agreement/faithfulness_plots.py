@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.agreement.method_looks import DASHES, SIDES, UNITS, by_side, errors, headline, plain, subtitle
+from interp.agreement.method_looks import DASHES, SIDES, UNITS, by_side, headline, plain, subtitle
 from interp.agreement.methods import side_of
 from interp.agreement.removal import MEASURES, faithfulness_means
 from interp.errors import InputError
-from interp.plotting import PALETTE, REFERENCE, band, cap_cells, to_float32
+from interp.plotting import PALETTE, REFERENCE, band, cap_cells, error_bars, to_float32
 from interp.results import Result
 
 # What a panel shows, which way is better (1: up), and what its axis counts; {unit} is the target's.
@@ -81,7 +81,7 @@ def faithfulness(result: Result, methods: Sequence[str] | str | None = None) -> 
                 go.Scatter(
                     x=to_float32(here["mean"]),
                     y=[place[name] for name in here.index],
-                    error_x=errors(here, color),
+                    error_x=error_bars(here, color),
                     mode="markers",
                     marker={"color": color, "symbol": symbol, "size": 8},
                     name=side,

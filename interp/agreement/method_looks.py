@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
 from interp.agreement.methods import side_of
-from interp.plotting import PALETTE, REFERENCE, for_plotly, template, to_float32
+from interp.plotting import PALETTE, REFERENCE, for_plotly, template
 from interp.results import Result
 
 # Shape and colour of a method's side; the order is that of the groups.
@@ -88,16 +86,3 @@ def headline(drawn: Any, title: str, below: str, height: float, room: int = 0) -
         margin={"t": 48 + 16 * lines + room},
     )
     drawn.update_layout(title_subtitle_text=below)
-
-
-def errors(rows: pd.DataFrame, color: str) -> dict[str, Any]:
-    """Error bars from low and high around the mean."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": to_float32(rows["high"] - rows["mean"]),
-        "arrayminus": to_float32(rows["mean"] - rows["low"]),
-        "thickness": 1.2,
-        "width": 0,
-        "color": color,
-    }

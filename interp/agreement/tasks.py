@@ -163,11 +163,17 @@ def class_names(model: Model, task: Task) -> tuple[str, ...]:
 
 
 def has_classes(model: Model) -> bool:
+    """Whether the model was loaded with a classification head."""
     architecture = type(model.hf).__name__
     return architecture.endswith("ForSequenceClassification") or bool(getattr(model.hf, "is_classifier", False))
 
 
 def tokenizer_of(model: Model) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: it has none.
+    """
     if model.tokenizer is None:
         raise InputError("the model has no tokenizer; give one to load_model, or token ids")
     return model.tokenizer

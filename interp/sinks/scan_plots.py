@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from interp.errors import InputError
-from interp.plotting import PALETTE, REFERENCE, SEQUENTIAL, band, cap_cells, figure, for_plotly, to_float32
+from interp.plotting import PALETTE, REFERENCE, SEQUENTIAL, band, cap_cells, error_bars, figure, for_plotly, to_float32
 from interp.results import Result
 from interp.sinks.scan_table import Scan
 
@@ -120,8 +120,8 @@ def domain_scatter(
             go.Scatter(
                 x=to_float32(x["mean"][where]),
                 y=to_float32(y["mean"][where]),
-                error_x=_errors(x[where], color),
-                error_y=_errors(y[where], color),
+                error_x=error_bars(x[where], color, 0.7),
+                error_y=error_bars(y[where], color, 0.7),
                 text=labels[where],
                 mode="markers",
                 name=name,
@@ -344,15 +344,3 @@ def _subtitle(result: Scan) -> str:
     lengths = result.frame["n_tokens"]
     tokens = f"{lengths.min()}" if lengths.min() == lengths.max() else f"{lengths.min()}–{lengths.max()}"
     return f"{result.provenance.model}; texts of {tokens} tokens"
-
-
-def _errors(rows: Any, color: str) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": to_float32(rows["high"] - rows["mean"]),
-        "arrayminus": to_float32(rows["mean"] - rows["low"]),
-        "thickness": 0.7,
-        "width": 0,
-        "color": color,
-    }
