@@ -22,6 +22,7 @@ _PACKAGES = (
     "agreement",
     "architectures",
     "batching",
+    "conflict",
     "flow",
     "neurons",
     "report",

@@ -4,7 +4,8 @@
 2. `bootstrap_mean`: percentile interval of the mean (Efron & Tibshirani 1993, chapter 13). Resamples are counts of texts,
    so that one matrix product gives every head's resampled means.
 3. `permutation_test`: difference of two domains' means against exchanged labels, two-sided; every assignment where there
-   are few, else random ones with (1 + hits) / (1 + draws) (Phipson & Smyth 2010).
+   are few, else random ones with (1 + hits) / (1 + draws) (Phipson & Smyth 2010). `paired_permutation_test`: the same for texts
+   seen under two conditions, whose labels are exchanged within the text: the sign of its difference.
 4. `false_discovery`: Benjamini & Hochberg's q over all that was tested; and for what passes, intervals at the level
    1 − α R / m, whose expected share that misses is at most α among the R selected of m (Benjamini & Yekutieli 2005).
 """
@@ -60,6 +61,44 @@ def bootstrap_difference(
     return _quantiles(difference, level)
 
 
+def bootstrap_mean_clustered(
+    values: np.ndarray, clusters: np.ndarray, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval of the mean where values of one cluster depend on each other: clusters are drawn, not values.
+
+    Args:
+        values: (value, …) one number each, for any number of columns at once.
+        clusters: (value) which belong together, such as the task of each answer.
+        n_resamples, level, seed: as in `bootstrap_mean`.
+
+    Returns:
+        (low, high), each of the trailing shape; NaN where there are fewer than two clusters or a value is missing.
+
+    Raises:
+        InputError: the lengths differ, or the level is outside (0, 1).
+
+    Example:
+        >>> low, high = bootstrap_mean_clustered([0, 0, 1, 1], ["a", "a", "b", "b"])
+        >>> float(low), float(high)
+        (0.0, 1.0)
+    """
+    values, clusters = np.asarray(values, dtype=np.float64), np.asarray(clusters)
+    if len(values) != len(clusters):
+        raise InputError(f"{len(values)} values and {len(clusters)} clusters; expected a cluster for every value")
+    names, at = np.unique(clusters.astype(str), return_inverse=True)
+    n = len(names)
+    if n < 2:
+        missing = np.full(values.shape[1:], np.nan)
+        return missing, missing
+    flat = values.reshape(len(values), -1)
+    sums = np.zeros((n, flat.shape[1]))
+    np.add.at(sums, at, flat)
+    sizes = np.bincount(at, minlength=n).astype(float)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    means = ((counts @ sums) / (counts @ sizes)[:, None]).reshape(n_resamples, *values.shape[1:])
+    return _quantiles(means, level)
+
+
 def resampled_means(values: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
     """(resample, …) means of texts drawn with replacement; NaN where there are fewer than two texts."""
     values = np.asarray(values, dtype=np.float64)
@@ -107,6 +146,57 @@ def permutation_test(first: np.ndarray, second: np.ndarray, n_permutations: int 
         done += len(chosen)
     p = hits / done if exact else (1 + hits) / (1 + done)
     return np.where(np.isnan(observed), np.nan, p).reshape(first.shape[1:])
+
+
+def paired_permutation_test(differences: np.ndarray, n_permutations: int = 9999, seed: int = 0) -> np.ndarray:
+    """Two-sided p-value of the mean difference between two conditions of the same texts, under exchanged labels within a text.
+
+    Args:
+        differences: (text, …) first condition minus second; 0 counts as a text whose labels do not matter.
+        n_permutations: random assignments of signs; where fewer assignments exist (2 to the number of texts), each is used once.
+        seed: of the assignments; the same serve every trailing index.
+
+    Returns:
+        p of the trailing shape. NaN where a value is missing, or there are fewer than two texts: with one, no assignment differs.
+
+    Raises:
+        InputError: no text.
+
+    Example:
+        >>> float(paired_permutation_test(np.array([1.0, 2.0, 3.0])))
+        0.25
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    if differences.ndim < 1 or not len(differences):
+        raise InputError(f"differences of shape {differences.shape}; expected some texts along the first axis")
+    n = len(differences)
+    if n < 2:
+        return np.full(differences.shape[1:], np.nan)
+    flat = differences.reshape(n, -1)
+    observed = np.abs(flat.sum(0))
+    # Rounding must not make the observed assignment miss itself.
+    bound = observed - 1e-9 * np.abs(flat).sum(0)
+    exact = 2**n <= n_permutations
+    hits, done = np.zeros(flat.shape[1]), 0
+    for signs in _signs(n, n_permutations, exact, seed, flat.shape[1]):
+        hits += (np.abs(signs @ flat) >= bound).sum(0)
+        done += len(signs)
+    p = hits / done if exact else (1 + hits) / (1 + done)
+    return np.where(np.isnan(observed), np.nan, p).reshape(differences.shape[1:])
+
+
+def _signs(n: int, draws: int, exact: bool, seed: int, width: int) -> Any:
+    """Blocks of (assignment, text) rows of −1 and 1."""
+    step = max(1, _BLOCK // max(n, width))
+    total = 2**n if exact else draws
+    random = np.random.default_rng(seed)
+    for start in range(0, total, step):
+        size = min(step, total - start)
+        if exact:
+            bits = (np.arange(start, start + size)[:, None] >> np.arange(n)) & 1
+        else:
+            bits = random.integers(0, 2, size=(size, n), dtype=np.int8)
+        yield bits * 2.0 - 1.0
 
 
 def _assignments(n: int, size: int, draws: int, exact: bool, seed: int, width: int) -> Any:

@@ -1,0 +1,32 @@
+"""Conflict: who wins when system and user disagree, which layers settle it, and can those layers alone be trained to obey."""
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "Pair": "pairs",
+    "make_pairs": "pairs",
+    "encode_pair": "pairs",
+    "Turn": "dialogues",
+    "encode_dialogue": "dialogues",
+    "TEMPLATES": "dialogues",
+    "family": "verifiers",
+    "family_names": "verifiers",
+    "register": "wordings",
+    "follow": "answers",
+    "follow_summary": "answers",
+    "followed_rules": "answers",
+    "generate_answers": "answers",
+    "read_tasks": "wordings",
+}
+# Whose further functions are reached as `interp.conflict.wordings.rule_texts`.
+_MODULES = ("answers", "dialogues", "pairs", "plots", "verifiers", "wordings")
+__all__ = [*_NAMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"interp.conflict.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"interp.conflict.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'interp.conflict' has no attribute {name!r}")

@@ -1,0 +1,212 @@
+"""Answers: a model whose answers are known, judged by the verifiers; resumed runs; the shares and their intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from chat_models import chat_tiny
+
+from interp.conflict import answers as answers_module
+from interp.conflict.answers import (
+    FOLLOW_COLUMNS,
+    follow,
+    follow_summary,
+    followed_rules,
+    generate_answers,
+    share_interval,
+)
+from interp.conflict.dialogues import encode_dialogue
+from interp.conflict.pairs import make_pairs
+from interp.errors import InputError
+from interp.model import Model
+from interp.provenance import Provenance
+from interp.results import Result, load_result
+
+
+class Obeys:
+    """A model's `generate_ids` that writes capitals where the last rule of the prompt that it heeds asks for them."""
+
+    def __init__(self, model: Model, heeds: str) -> None:
+        self.model, self.heeds, self.asked = model, heeds, 0
+
+    def __call__(self, encoded: list[Any], **_: Any) -> list[list[int]]:
+        self.asked += len(encoded)
+        made = []
+        for ids in encoded:
+            prompt = self.model.decode(ids, skip_special_tokens=False)
+            system, _, user = prompt.rpartition("<|im_start|>user")
+            text = {"system": system, "user": user}[self.heeds]
+            loud = "apital" in text and "without any capital" not in text and "may be a capital" not in text
+            answer = (
+                "THE SEA IS DEEP."
+                if loud and "small letter may" not in text.split("capital")[0]
+                else "The Sea is deep."
+            )
+            made.append([*self.model.tokenizer(answer)["input_ids"], self.model.tokenizer.eos_token_id])
+        return made
+
+
+@pytest.fixture
+def case_pairs() -> list[Any]:
+    return [
+        pair
+        for pair in make_pairs("held-out", families=["case"], wordings=["simple"])
+        if pair.system_rule == "capitals"
+    ][:8]
+
+
+def test_a_model_that_heeds_the_user_turn_alone(case_pairs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chat_tiny()
+    monkeypatch.setattr(model, "generate_ids", Obeys(model, "user"))
+    monkeypatch.setattr(model, "end_ids", lambda: {model.tokenizer.eos_token_id})
+    result = follow(model, case_pairs, progress=False)
+    assert len(result.frame) == 8 * 6
+    assert result.frame["finished"].all()
+    shares = result.frame.groupby("prompt", observed=True)["obeys_system"].mean()
+    assert shares[["none", "system", "conflict"]].tolist() == [0, 0, 0]
+    assert shares[["user", "agree", "paraphrase"]].tolist() == [1, 1, 1]
+    rule = followed_rules(result).iloc[0]
+    assert (rule["rule"], rule["none"], rule["user"], rule["conflict"]) == ("capitals", 0, 1, 0)
+    assert (bool(rule["followed"]), bool(rule["heard"]), rule["other_wins"], rule["n"]) == (True, False, 0, 8)
+
+
+def test_equal_prompts_are_answered_once(case_pairs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chat_tiny()
+    scripted = Obeys(model, "system")
+    monkeypatch.setattr(model, "generate_ids", scripted)
+    both = [
+        *case_pairs,
+        *[
+            pair
+            for pair in make_pairs("held-out", families=["case"], wordings=["simple"])
+            if pair.system_rule == "small"
+        ],
+    ]
+    follow(model, both, ("none", "conflict"), chunk=4, progress=False)
+    assert scripted.asked == len({pair.task.id for pair in both}) + len(both)
+
+
+def test_an_interrupted_run_goes_on(case_pairs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chat_tiny()
+    scripted = Obeys(model, "system")
+    monkeypatch.setattr(model, "generate_ids", scripted)
+    whole = follow(model, case_pairs, progress=False)
+    asked, original = scripted.asked, answers_module.answer_ids
+    calls = []
+
+    def dies(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(answers_module, "answer_ids", dies)
+    with pytest.raises(KeyboardInterrupt):
+        follow(model, case_pairs, chunk=2, out=tmp_path / "run", progress=False)
+    scripted.asked = 0
+    resumed = follow(model, case_pairs, chunk=2, out=tmp_path / "run", progress=False)
+    assert 0 < scripted.asked < asked
+    assert resumed.equals(whole)
+    assert load_result(tmp_path / "run").equals(whole)
+
+
+def test_answers_are_the_models_own_greedy_ones() -> None:
+    model = chat_tiny(seed=3)
+    dialogues = [pair.prompts["conflict"] for pair in make_pairs("held-out", 3)]
+    answers = generate_answers(model, dialogues, max_new_tokens=5)
+    for dialogue, answer in zip(dialogues, answers, strict=True):
+        ids = list(encode_dialogue(model, dialogue).ids)
+        for at in range(len(answer.ids)):
+            logits = model.hf(input_ids=torch.tensor([[*ids, *answer.ids[:at]]])).logits[0, -1]
+            assert int(logits.argmax()) == answer.ids[at]
+        assert answer.text == model.decode(answer.ids)
+        assert answer.finished == (answer.ids[-1] in model.end_ids())
+
+
+def frame(rows: list[tuple[str, str, str, str, bool, bool]]) -> Result:
+    made = [
+        {
+            **{"pair": f"{task}/{rule}", "part": "held-out", "task": task, "family": name, "system_rule": rule},
+            **{
+                "user_rule": "other",
+                "wording": "simple",
+                "setting": "user",
+                "prompt": prompt,
+                "answer": "",
+                "n_tokens": 1,
+            },
+            **{"finished": True, "obeys_system": ours, "obeys_user": theirs, "reason": ""},
+        }
+        for name, rule, task, prompt, ours, theirs in rows
+    ]
+    return Result("conflict.follow", pd.DataFrame(made), FOLLOW_COLUMNS, Provenance())
+
+
+def test_shares_by_hand() -> None:
+    rows = []
+    for at in range(10):
+        rows += [
+            ("case", "capitals", f"t{at}", "none", at < 5, False),
+            ("case", "capitals", f"t{at}", "system", at < 5, False),
+        ]
+        rows += [
+            ("case", "capitals", f"t{at}", "user", True, False),
+            ("case", "capitals", f"t{at}", "conflict", False, at < 7),
+        ]
+    result = frame(rows)
+    table = follow_summary(result).set_index("prompt")
+    assert table["obeys_system"].to_dict() == {"none": 0.5, "system": 0.5, "user": 1.0, "conflict": 0.0}
+    assert table.loc["user", "above_none"] == 0.5
+    assert 0.1 <= table.loc["user", "above_low"] <= 0.3
+    assert table.loc["system", ["above_none", "above_low", "above_high"]].tolist() == [0, 0, 0]
+    assert table.loc["conflict", "obeys_user"] == 0.7
+    rule = followed_rules(result).iloc[0]
+    assert (bool(rule["followed"]), bool(rule["heard"]), rule["other_wins"]) == (True, False, 0.7)
+
+
+def test_the_interval_is_over_tasks() -> None:
+    # Two tasks with fifty answers each are two observations, not a hundred.
+    passed, tasks = pd.Series([1.0] * 50 + [0.0] * 50), pd.Series(["a"] * 50 + ["b"] * 50)
+    assert share_interval(passed, tasks) == (0.0, 1.0)
+    # Where all agree, Wilson's interval: z² / (n + z²) for 0 of n.
+    low, high = share_interval(pd.Series(np.zeros(20)), pd.Series([str(at) for at in range(20)]))
+    assert low == pytest.approx(0, abs=1e-12)
+    assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2), rel=1e-4)
+
+
+def test_what_cannot_be_followed_is_refused(case_pairs: list[Any]) -> None:
+    model = chat_tiny()
+    with pytest.raises(InputError, match="no pair or no prompt"):
+        follow(model, [])
+    with pytest.raises(InputError, match="has no prompt 'loud'"):
+        follow(model, case_pairs, ("loud",))
+    with pytest.raises(InputError, match="two pairs have the id"):
+        follow(model, [case_pairs[0], case_pairs[0]])
+    with pytest.raises(InputError, match="a result of kind 'conflict\\.other'"):
+        follow_summary(_other_kind())
+    with pytest.raises(InputError, match="no column 'loud'"):
+        follow_summary(frame([("case", "capitals", "t", "none", True, False)]), ("loud",))
+    with pytest.raises(InputError, match="the prompts conflict, system, user were not asked"):
+        followed_rules(frame([("case", "capitals", "t", "none", True, False)]))
+
+
+def _other_kind() -> Result:
+    one = frame([("case", "capitals", "t", "none", True, False)])
+    return Result("conflict.other", one.frame, FOLLOW_COLUMNS, Provenance())
+
+
+@pytest.mark.slow
+def test_the_embedded_model_obeys_a_list_rule_in_the_user_turn_and_not_in_the_system_turn(embedded: Model) -> None:
+    pairs = [
+        pair for pair in make_pairs("held-out", families=["list"], wordings=["simple"]) if pair.system_rule == "list"
+    ][:6]
+    result = follow(embedded, pairs, ("system", "user", "conflict"), max_new_tokens=40, progress=False)
+    shares = result.frame.groupby("prompt", observed=True)["obeys_system"].mean()
+    assert shares["user"] >= 0.5
+    assert shares["system"] <= 0.35
+    assert shares["conflict"] <= 0.35
