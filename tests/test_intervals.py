@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from interp import intervals
 from interp.errors import InputError
-from interp.intervals import bootstrap_difference, bootstrap_mean, false_discovery, permutation_test
+from interp.intervals import (
+    bootstrap_difference,
+    bootstrap_mean,
+    false_discovery,
+    paired_permutation_test,
+    permutation_test,
+)
 
 
 def test_bootstrap_mean_is_scipys() -> None:
@@ -101,6 +108,59 @@ def test_equal_domains_are_never_different(values: np.ndarray) -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(InputError, match="same heads"):
         permutation_test(np.ones((3, 2)), np.ones((3, 4)))
+
+
+def test_exact_signs_against_enumeration() -> None:
+    values = np.random.default_rng(11).normal(0.7, 1, size=(7, 3))
+    expected = np.mean(
+        [np.abs(np.array(signs) @ values) >= np.abs(values.sum(0)) - 1e-12 for signs in product((-1, 1), repeat=7)],
+        axis=0,
+    )
+    assert paired_permutation_test(values) == pytest.approx(expected)
+
+
+def test_random_signs_are_scipys() -> None:
+    values = np.random.default_rng(12).normal(0.4, 1, (25, 4))
+    theirs = scipy.stats.permutation_test(
+        (values,), lambda x, axis: x.mean(axis), permutation_type="samples", axis=0, n_resamples=20_000, rng=13
+    ).pvalue
+    ours = paired_permutation_test(values, n_permutations=20_000, seed=1)
+    assert ours == pytest.approx(theirs, abs=0.02)
+    assert len(set(ours)) == 4
+    assert (ours == paired_permutation_test(values, n_permutations=20_000, seed=1)).all()
+    assert paired_permutation_test(values[:, 2], n_permutations=20_000, seed=1) == ours[2]
+
+
+def test_paired_p_values_are_uniform_where_nothing_differs() -> None:
+    values = np.random.default_rng(14).normal(size=(15, 500))
+    assert scipy.stats.kstest(paired_permutation_test(values, n_permutations=999), "uniform").pvalue > 1e-3
+
+
+def test_pairing_finds_what_differs_less_than_texts_do() -> None:
+    random = np.random.default_rng(15)
+    first = random.normal(0, 10, 20)
+    second = first - 0.5 + random.normal(0, 0.1, 20)
+    assert permutation_test(first, second) > 0.5
+    assert paired_permutation_test(first - second) < 0.001
+
+
+def test_signs_of_too_few_or_missing_texts() -> None:
+    assert np.isnan(paired_permutation_test(np.ones((1, 2)))).all()
+    assert (paired_permutation_test(np.zeros((5, 2))) == 1).all()
+    p = paired_permutation_test(np.array([[1.0, np.nan], [2.0, 1.0], [4.0, 1.0]]))
+    assert p[0] == 0.25
+    assert np.isnan(p[1])
+    with pytest.raises(InputError, match="expected some texts"):
+        paired_permutation_test(np.empty((0, 2)))
+
+
+def test_blocks_of_signs_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(16).normal(0.2, 1, (9, 3))
+    whole = paired_permutation_test(values)
+    monkeypatch.setattr(intervals, "_BLOCK", 50)
+    assert (paired_permutation_test(values) == whole).all()
+    drawn = paired_permutation_test(values, n_permutations=400)
+    assert drawn == pytest.approx(whole, abs=0.08)
 
 
 def test_false_discovery_by_hand() -> None:

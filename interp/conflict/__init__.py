@@ -17,6 +17,13 @@ _NAMES = {
     "follow_summary": "answers",
     "followed_rules": "answers",
     "generate_answers": "answers",
+    "localize": "localization",
+    "head_scores": "focal",
+    "layer_scores": "focal",
+    "focal_heads": "focal",
+    "focal_layers": "focal",
+    "stability": "focal_checks",
+    "middle_layers": "focal_checks",
     "read_tasks": "wordings",
 }
 # Whose further functions are reached as `interp.conflict.wordings.rule_texts`.

@@ -19,8 +19,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from interp.conflict.dialogues import Dialogue, encode_dialogue
-from interp.conflict.pairs import PROMPTS, Pair
+from interp.conflict.pairs import PROMPTS, Pair, make_pair
 from interp.conflict.verifiers import family
+from interp.conflict.wordings import read_tasks, tasks
 from interp.errors import InputError
 from interp.intervals import bootstrap_mean_clustered
 from interp.model import Model
@@ -177,6 +178,34 @@ def follow(
         return run.finish()
     provenance = Provenance.collect(model, parameters=parameters, wall_time=time.perf_counter() - start)
     return Result("conflict.follow", pd.concat(frames, ignore_index=True), FOLLOW_COLUMNS, provenance)
+
+
+def pairs_of(result: Result, tasks_path: str | Path | None = None) -> list[Pair]:
+    """The pairs that were answered, made again from their names.
+
+    Args:
+        result: what `follow` gave.
+        tasks_path: the file of tasks, where they were not ours.
+
+    Raises:
+        InputError: another kind of result, or a task that is not among the tasks.
+    """
+    frame = _follow_frame(result, ()).drop_duplicates("pair")
+    known = {task.id: task for task in (tasks() if tasks_path is None else read_tasks(tasks_path))}
+    lost = [name for name in frame["task"] if name not in known]
+    if lost:
+        raise InputError(f"task {lost[0]!r} of the answers is not among the tasks; name the file that it came from")
+    return [
+        make_pair(
+            str(row.family),
+            str(row.system_rule),
+            str(row.user_rule),
+            str(row.wording),
+            task=known[row.task],
+            setting=str(row.setting),
+        )
+        for row in frame.itertuples()
+    ]
 
 
 def check_pairs(pairs: Sequence[Pair], prompts: Sequence[str]) -> None:

@@ -13,7 +13,9 @@ second rule does not come from the user but from another agent in a dialogue of 
 
     system: rule A · user: the task · assistant: a promise to answer · user: "Message from agent Ben: rule A′"
 
-Wordings are rotated over tasks, so that no drift is that of one sentence. Tasks are split into parts that share none, and two
+Texts of one number have one form in both rules of a family ("Use capital letters only.", "Use lowercase letters only."): the
+paraphrase and the conflicting rule have the same form, another than the rule in "agree" has. Wordings are rotated over tasks,
+so that no drift is that of one sentence. Tasks are split into parts that share none, and two
 families are held out of localisation and training.
 """
 
@@ -141,7 +143,8 @@ def make_pair(
     ours, theirs = (rule_texts(family_name, rule, wording) for rule in (system_rule, user_rule))
     turn = zlib.crc32(task.id.encode())
     first, second, third = (ours[(turn + step) % len(ours)] for step in range(N_TEXTS))
-    other = theirs[(turn + 1) % len(theirs)]
+    # In the form of the paraphrase: what the conflict changes beyond it is what the rule says.
+    other = theirs[(turn + 2) % len(theirs)]
     asked = {"system": None, "agree": second, "paraphrase": third, "conflict": other}
     prompts: dict[str, Dialogue] = {
         "none": dialogue(None, task.text, None, setting),

@@ -58,6 +58,11 @@ def test_prompts_differ_in_their_rules_alone(setting: str) -> None:
             assert found[name][2][2] in texts
         assert found["user"] == [task, ("user", "user_rule", first[2])]
         assert len({first[2], found["agree"][2][2], found["paraphrase"][2][2]}) == 3
+        places = [
+            rule_texts(pair.family, rule, pair.wording).index(found[name][2][2])
+            for name, rule in (("paraphrase", pair.system_rule), ("conflict", pair.user_rule))
+        ]
+        assert places[0] == places[1]  # one form
         assert len(pair.prompts["conflict"]) == (4 if setting == "peer" else 2)
 
 
