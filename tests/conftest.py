@@ -31,6 +31,8 @@ _hook = install_import_hook(
             for name in ("positions", "graph", "patterns", "exact", "widest", "rollout", "shapley")
         ),
         *(f"interp.agreement.{name}" for name in ("prefix_tree", "targets")),
+        "interp.from_layer",
+        *(f"interp.conflict.{name}" for name in ("patched_runs", "kept_keys")),
     ],
     "beartype.beartype",
 )

@@ -2,23 +2,22 @@
 
 1. The residual stream that enters each layer with heads to ablate is kept, on the CPU and without padding, from one pass.
 2. One row of a batch is one (head, text). The model's own forward runs with the layers below replaced by identities and the
-   kept residual stream put in (`from_layer`), so that masks, positions and norms are the family's own.
+   kept residual stream put in (`interp.from_layer`), so that masks, positions and norms are the family's own.
 3. In the layer, the row's head gets its ablated z, the input of the output projection (modes: `interp.sinks.ablation`).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from interp.batching import Batch, available_memory, for_each_batch, token_batches
 from interp.capture import Keep, forward, run_probes
+from interp.from_layer import from_layer
 from interp.model import Model
 from interp.sinks.losses import mean_losses
 
@@ -26,35 +25,6 @@ MODES = ("zero", "to_sink", "mean")
 Head = tuple[int, int]
 # Share of the free memory that kept residual streams may take; layers beyond it wait for the next pass.
 _KEPT = 0.25
-
-
-@contextlib.contextmanager
-def from_layer(model: Model, layer: int, residual: Float[Tensor, "row position d_model"]) -> Iterator[None]:
-    """Inside the block, forward passes of batches of `residual`'s shape begin at `layer`, which reads `residual`.
-
-    The model's own forward runs, with masks, positions and what else a family prepares; layers below hand on what they get,
-    and the residual stream takes the place of the embeddings' remains. No other thread may use the model meanwhile.
-    """
-    skipped = [model.arch.layer(below) for below in range(layer)]
-    # accelerate keeps a forward of its own on the instance; most models have the class's alone.
-    before = [module.__dict__.get("forward") for module in skipped]
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.arch.site("resid_pre", layer).attach(lambda _: residual).remove)
-        for module, own in zip(skipped, before, strict=True):
-            stack.callback(_restore_forward, module, own)
-            module.forward = _hand_on
-        yield
-
-
-def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
-
-
-def _restore_forward(module: Any, own: Any) -> None:
-    if own is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = own
 
 
 @torch.no_grad()
