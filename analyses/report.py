@@ -20,6 +20,7 @@ from analyses import (
     bigram_backcopy,
     concept_editing,
     flow_equalisation,
+    instruction_conflict,
     neuron_clamping,
     neuron_decoding,
     sink_heads,
@@ -58,6 +59,10 @@ def main(
         ("attention_flow", lambda folder: attention_flow.run(loaded, folder, **attention_flow.REPORT)),
         ("subject_verb_flow", lambda folder: subject_verb_flow.run(loaded, folder, **subject_verb_flow.REPORT)),
         ("flow_equalisation", lambda folder: flow_equalisation.run(loaded, folder, **flow_equalisation.REPORT)),
+        (
+            "instruction_conflict",
+            lambda folder: instruction_conflict.run(loaded, folder, **instruction_conflict.REPORT),
+        ),
         (
             "attribution_agreement",
             lambda folder: attribution_agreement.run(loaded, folder, **attribution_agreement.REPORT),

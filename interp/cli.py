@@ -1,4 +1,4 @@
-"""The command line: `interp neurons|sinks|flow|agreement|report|resources …`.
+"""The command line: `interp neurons|sinks|flow|conflict|agreement|report|resources …`.
 
 A thin shell that imports nothing heavy until a command runs. Progress goes to stderr; a readable table, or JSON with
 `--json`, goes to stdout. Errors that interp raises on purpose end the command with their message and exit status 1,
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from interp.cli_agreement import agreement
+from interp.cli_conflict import conflict
 from interp.cli_flow import flow
 from interp.cli_shared import (
     DEFAULT_MODEL,
@@ -32,7 +33,7 @@ from interp.errors import InputError, InterpError
 
 app = typer.Typer(
     help="Mechanistic interpretability of transformers: which neurons hold which concept, which heads are sinks, "
-    "what reaches the output through attention, and whether explanations agree.",
+    "what reaches the output through attention, who wins when instructions conflict, and whether explanations agree.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -45,6 +46,7 @@ resources = typer.Typer(help="Pinned models and corpora that come from package r
 app.add_typer(neurons, name="neurons")
 app.add_typer(sinks, name="sinks")
 app.command("flow")(flow)
+app.add_typer(conflict, name="conflict")
 app.command("agreement")(agreement)
 app.add_typer(resources, name="resources")
 

@@ -201,7 +201,7 @@ def pairs_of(result: Result, tasks_path: str | Path | None = None) -> list[Pair]
             str(row.system_rule),
             str(row.user_rule),
             str(row.wording),
-            task=known[row.task],
+            task=known[str(row.task)],
             setting=str(row.setting),
         )
         for row in frame.itertuples()

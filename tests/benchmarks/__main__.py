@@ -32,6 +32,7 @@ SUBJECTS = (
     "flow_solvers",
     "flow_growth",
     "attributions",
+    "conflict_runs",
 )
 
 

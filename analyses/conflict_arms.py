@@ -1,0 +1,276 @@
+"""Train adapters on different layers and measure each on held-out tasks, beside the model as it was.
+
+1. Arms of equal size (`interp.conflict.layer_arms`): the focal layers with the released credit, with the abstract's credit
+   and with plain DPO; random layers, the first, the last, and all layers with a smaller rank.
+2. Each is measured on held-out pairs (`follow`), on prose (loss of every text, share of positions with the same top token),
+   and by its size. Nothing is chosen on these.
+3. Changes are paired: the same pair, or the same text, before and after; intervals are over tasks, or over texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from interp.batching import Batch, for_each_batch, token_batches
+from interp.capture import forward
+from interp.conflict import adapted, align, follow
+from interp.conflict.adapters import read_adapter
+from interp.conflict.answers import share_interval
+from interp.conflict.layer_arms import LayerArm, arms
+from interp.conflict.pairs import Pair
+from interp.intervals import bootstrap_mean_clustered
+from interp.results import Column, Provenance, Result, load_result
+from interp.reuse import reuse_or_make
+
+PROMPTS = ("system", "agree", "conflict")
+PROSE_COLUMNS = (
+    Column("text", "int32", "index", "0-based index of the text"),
+    Column("n_tokens", "int32", "tokens", "predictions of the text: its tokens but the first"),
+    Column("nll", "float64", "nats", "mean loss of a prediction"),
+    Column("same_top", "float64", "share", "predictions whose most likely token is the untrained model's"),
+)
+# Arms of a comparison: (layers, credit).
+ARMS: dict[str, tuple[str, str]] = {
+    "focal": ("focal", "reward"),
+    "focal, attention credit": ("focal", "attention"),
+    "focal, plain DPO": ("focal", "none"),
+    "random 0": ("random-0", "reward"),
+    "random 1": ("random-1", "reward"),
+    "random 2": ("random-2", "reward"),
+    "first": ("first", "reward"),
+    "last": ("last", "reward"),
+    "all": ("all", "reward"),
+}
+
+
+def chosen_layers(model: Any, layers: Sequence[int], n_random: int = 3) -> dict[str, LayerArm]:
+    """Layers and ranks of every arm."""
+    return arms(model, layers, n_random=n_random)
+
+
+def train_arm(
+    model: Any,
+    out: Path,
+    name: str,
+    preferences: Result,
+    validation: Result,
+    layers: Mapping[str, LayerArm],
+    heads: Sequence[tuple[int, int]],
+    **settings: Any,
+) -> Path:
+    """Train one arm, or find that it is trained; returns the adapter's folder."""
+    which, credit = ARMS[name]
+    arm = layers[which]
+    align(
+        model,
+        preferences,
+        arm.layers,
+        out=out / folder_name(name),
+        validation=validation,
+        heads=heads if credit == "attention" else None,
+        credit=credit,
+        rank=arm.rank,
+        lora_alpha=arm.lora_alpha,
+        **settings,
+    )
+    return out / folder_name(name) / "adapter"
+
+
+def folder_name(name: str) -> str:
+    """An arm's folder."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def measure(
+    model: Any,
+    out: Path,
+    name: str,
+    pairs: Sequence[Pair],
+    prose: Sequence[str],
+    adapter: Path | None,
+    template: str | None = None,
+) -> tuple[Result, Result]:
+    """An arm's answers to the held-out pairs and its losses on prose; the untrained model's where there is no adapter."""
+    place = out / folder_name(name)
+    reference = _top_tokens(model, prose)
+
+    def both() -> tuple[Result, Result]:
+        answers = follow(model, pairs, PROMPTS, template=template, out=place / "follow", progress=f"{name}: answers")
+        losses = reuse_or_make(
+            place / "prose.parquet",
+            lambda: _prose(model, prose, reference),
+            fingerprint=model.fingerprint,
+            parameters={"texts": [text[:40] for text in prose]},
+        )
+        return answers, losses
+
+    if adapter is None:
+        return both()
+    with adapted(model, adapter):
+        return both()
+
+
+def measured(out: Path, name: str) -> tuple[Result, Result] | None:
+    """What `measure` left, if it ran to its end."""
+    place = out / folder_name(name)
+    if not (place / "prose.parquet").exists():
+        return None
+    return load_result(place / "follow"), load_result(place / "prose.parquet")
+
+
+def trained(out: Path, name: str, fingerprint: str) -> dict[str, Any] | None:
+    """What an arm's adapter says about itself (layers, trainable_share …); `None` without one, or with another model's."""
+    adapter = out / folder_name(name) / "adapter"
+    if not adapter.exists():
+        return None
+    record = read_adapter(adapter)
+    return record["attachments"] if record.get("fingerprint") == fingerprint else None
+
+
+@torch.no_grad()
+def _top_tokens(model: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    tops: list[np.ndarray] = [np.empty(0)] * len(texts)
+
+    def step(batch: Batch) -> None:
+        logits = forward(model, batch.to(model.device)).logits
+        for row, text in enumerate(batch.rows):
+            tops[text] = logits[row, : int(batch.lengths[row]) - 1].argmax(-1).cpu().numpy()
+
+    for_each_batch(token_batches(model.encode(list(texts)), max_tokens=1024, pad_id=model.pad_id), step)
+    return tops
+
+
+@torch.no_grad()
+def _prose(model: Any, texts: Sequence[str], reference: Sequence[np.ndarray]) -> Result:
+    encoded = model.encode(list(texts))
+    rows: dict[int, dict[str, Any]] = {}
+
+    def step(batch: Batch) -> None:
+        logits = forward(model, batch.to(model.device)).logits.float()
+        for row, text in enumerate(batch.rows):
+            n = int(batch.lengths[row]) - 1
+            scores = logits[row, :n].log_softmax(-1).cpu()
+            taken = scores.gather(1, torch.tensor(encoded[text][1:])[:, None])[:, 0]
+            same = (scores.argmax(-1).numpy() == reference[text]).mean()
+            rows[text] = {"text": text, "n_tokens": n, "nll": -float(taken.mean()), "same_top": float(same)}
+
+    for_each_batch(token_batches(encoded, max_tokens=1024, pad_id=model.pad_id), step)
+    provenance = Provenance.collect(model, parameters={"texts": [text[:40] for text in texts]})
+    return Result("conflict.prose", pd.DataFrame([rows[at] for at in sorted(rows)]), PROSE_COLUMNS, provenance)
+
+
+def table(
+    found: Mapping[str, tuple[Result, Result]],
+    base: tuple[Result, Result],
+    groups: Mapping[str, Sequence[str]],
+    about: Mapping[str, Mapping[str, Any]],
+) -> pd.DataFrame:
+    """One row per arm and group of families.
+
+    Args:
+        found: {arm: (answers, prose)}.
+        base: of the untrained model.
+        groups: {name: families}.
+        about: {arm: what `trained` says}.
+
+    Returns:
+        arm, layers, share (of the parameters that are trained), families, conflict, conflict_low, conflict_high (share of
+        answers under conflict that obey the system's rule), change, low, high (against the untrained model, pair by pair),
+        user_wins, agree_change, agree_low, agree_high (without conflict), system_change, system_low, system_high (rule in the
+        system turn alone), perplexity, perplexity_low, perplexity_high (ratio to the untrained model's), same_top, n (pairs).
+    """
+    rows = []
+    for name, (answers, prose) in {"untrained": base, **found}.items():
+        facts = about.get(name, {})
+        ratio = perplexity_ratio(prose, base[1])
+        for group, families in groups.items():
+            some = of_families(answers, families)
+            under = some[some["prompt"] == "conflict"]
+            if under.empty:
+                continue
+            ends = share_interval(under["obeys_system"].astype(float), under["task"])
+            row = {"arm": name, "layers": spans(facts["layers"]) if facts else "–"}
+            row |= {"share": facts.get("trainable_share", 0.0), "families": group}
+            row |= {"conflict": under["obeys_system"].mean(), "conflict_low": ends[0], "conflict_high": ends[1]}
+            for prompt, prefix in (("conflict", ""), ("agree", "agree_"), ("system", "system_")):
+                mean, low, high = change(answers, base[0], families, prompt)
+                row |= {f"{prefix}change": mean, f"{prefix}low": low, f"{prefix}high": high}
+            row |= {"user_wins": under["obeys_user"].mean()}
+            row |= dict(zip(("perplexity", "perplexity_low", "perplexity_high"), ratio, strict=True))
+            rows.append(row | {"same_top": _weighted(prose, "same_top"), "n": len(under)})
+    return pd.DataFrame(rows)
+
+
+def of_families(answers: Result, families: Sequence[str]) -> pd.DataFrame:
+    """The rows of some families."""
+    return answers.frame[answers.frame["family"].astype(str).isin(list(families))]
+
+
+def change(
+    after: Result, before: Result, families: Sequence[str], prompt: str = "conflict"
+) -> tuple[float, float, float]:
+    """How many more answers obey the system's rule than before, pair by pair: mean, low, high over tasks."""
+    difference, tasks = paired(after, before, families, prompt)
+    if not len(difference):
+        return math.nan, math.nan, math.nan
+    low, high = bootstrap_mean_clustered(difference, tasks)
+    return float(difference.mean()), float(low), float(high)
+
+
+def paired(
+    after: Result, before: Result, families: Sequence[str], prompt: str = "conflict"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(pair) differences of obedience, and the pairs' tasks."""
+    frames = [of_families(result, families) for result in (after, before)]
+    ours, theirs = (frame[frame["prompt"] == prompt].set_index("pair") for frame in frames)
+    if set(ours.index) != set(theirs.index):
+        raise ValueError("the two were measured on different pairs")
+    difference = ours["obeys_system"].astype(float) - theirs["obeys_system"].reindex(ours.index).astype(float)
+    return difference.to_numpy(), ours["task"].to_numpy()
+
+
+def against(
+    ours: Result, others: Sequence[Result], families: Sequence[str], prompt: str = "conflict"
+) -> tuple[float, float, float]:
+    """How many more answers obey than the mean of other arms, pair by pair: mean, low, high over tasks."""
+    every = [paired(ours, other, families, prompt) for other in others]
+    difference = np.mean([values for values, _ in every], axis=0)
+    low, high = bootstrap_mean_clustered(difference, every[0][1])
+    return float(difference.mean()), float(low), float(high)
+
+
+def perplexity_ratio(after: Result, before: Result, seed: int = 0) -> tuple[float, float, float]:
+    """Perplexity after by perplexity before: ratio, low, high, bootstrap over texts."""
+    tokens = after.frame["n_tokens"].to_numpy(float)
+    change_ = (after.frame["nll"] - before.frame["nll"]).to_numpy() * tokens
+    n = len(tokens)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=2000)
+    low, high = np.quantile(np.exp((counts @ change_) / (counts @ tokens)), [0.025, 0.975])
+    return math.exp(change_.sum() / tokens.sum()), float(low), float(high)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Numbers as ranges.
+
+    Example:
+        >>> spans([3, 4, 5, 9])
+        '3–5, 9'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _weighted(prose: Result, column: str) -> float:
+    return float(np.average(prose.frame[column], weights=prose.frame["n_tokens"]))

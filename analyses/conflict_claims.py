@@ -1,0 +1,239 @@
+"""What Wan et al. say of instruction conflicts beside what `analyses.instruction_conflict` measured: one function per claim.
+
+The paper (arXiv 2509.23188, withdrawn by its authors) prints one figure in its abstract; its statements are tested as
+statements. A claim holds where the interval that is printed with it is on its side, does not where it is on the other, and is
+open between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from interp.conflict.answers import share_interval
+from interp.intervals import bootstrap_mean_clustered
+from interp.report.claims import Claim
+from interp.results import Result
+
+PAPER = "Wan et al. 2025, arXiv 2509.23188, abstract"
+GAIN = "+5.60 % (AutoGen on MedQA)"
+TARGET, LARGEST_SHARE, LARGEST_PERPLEXITY = 0.3, 0.01, 1.03
+STABLE = 0.75  # Davies 2025, arXiv 2501.02688: base against instruct
+
+
+def loses(answers: Result, families: Sequence[str]) -> Claim:
+    """The rule of the system turn is obeyed less often when somebody asks for the opposite than when all agree."""
+    frame = answers.frame[answers.frame["family"].astype(str).isin(list(families))]
+    by_prompt = {name: rows.set_index("pair") for name, rows in frame.groupby("prompt", observed=True)}
+    under, agreed = by_prompt["conflict"], by_prompt["agree"]
+    difference = under["obeys_system"].astype(float) - agreed["obeys_system"].reindex(under.index).astype(float)
+    low, high = map(float, bootstrap_mean_clustered(difference.to_numpy(), under["task"].to_numpy()))
+    ends = share_interval(under["obeys_system"].astype(float), under["task"])
+    return Claim(
+        f"agents misprioritise system rules when the {who(answers)} contradicts them (rules the model can follow)",
+        PAPER,
+        None,
+        f"obeyed {agreed['obeys_system'].mean():.0%} when both agree, {under['obeys_system'].mean():.0%} "
+        f"[{ends[0]:.2f}, {ends[1]:.2f}] "
+        f"under conflict, where {under['obeys_user'].mean():.0%} obey the {who(answers)}; change "
+        f"{difference.mean():+.2f} (interval)",
+        _interval(low, high),
+        len(under),
+        _side(-high, -low),
+    )
+
+
+def who(answers: Result) -> str:
+    """Who contradicts the system."""
+    settings = set(answers.frame["setting"].astype(str))
+    return {"peer": "other agent", "user": "user"}[settings.pop()] if len(settings) == 1 else "user or other agent"
+
+
+def drifts(heads: pd.DataFrame) -> Claim:
+    """Some heads' attention changes with the conflict more than with other words."""
+    moved = heads[(heads["q"] <= 0.05) & (heads["excess"] > 0)]
+    top = heads.loc[heads["excess"].idxmax()]
+    return Claim(
+        "some heads' attention drifts under conflict, beyond what a paraphrase does",
+        PAPER,
+        None,
+        f"{len(moved)} of {len(heads)} heads (q ≤ .05); most L{top['layer']:.0f}H{top['head']:.0f}: score "
+        f"{top['score']:.2f}, paraphrase "
+        f"{top['control']:.2f}, excess {top['excess']:+.2f} (interval)",
+        _interval(top["low"], top["high"]),
+        int(top["n_pairs"]),
+        bool(len(moved)),
+    )
+
+
+def middle(table: pd.DataFrame, what: str) -> Claim:
+    """The focal heads are in middle layers."""
+    rows = table.set_index("third")
+    here = rows.loc["middle"]
+    return Claim(
+        f"focal heads are largely concentrated in middle layers ({what})",
+        PAPER,
+        "largely",
+        f"{here['share']:.0%} of {int(rows['n_focal_heads'].sum())} focal heads in the middle third, "
+        f"{here['expected']:.0%} by chance "
+        f"(p = {here['p']:.2g}); first third {rows.loc['first', 'share']:.0%}, last {rows.loc['last', 'share']:.0%}",
+        _interval(here["low"], here["high"]),
+        int(rows["n_focal_heads"].sum()),
+        _side(here["low"], here["high"], here["expected"]),
+    )
+
+
+def middle_patched(table: pd.DataFrame) -> Claim:
+    """Patching the middle layers' attention brings back more than patching others'."""
+    rows = table.set_index("what")
+    here = rows.loc["middle − others"]
+    means = ", ".join(f"{name} {rows.loc[name, 'mean']:+.3f}" for name in ("first", "middle", "last"))
+    return Claim(
+        "middle layers settle the conflict: their attention outputs, patched, bring back more than others'",
+        "ours, causal form of the paper's claim",
+        None,
+        f"share of the gap per layer: {means}; middle − others {here['mean']:+.3f} (interval)",
+        _interval(here["low"], here["high"]),
+        int(here["n_tasks"]),
+        _side(here["low"], here["high"]),
+    )
+
+
+def same_layers(table: pd.DataFrame, what: str) -> Claim:
+    """Where attention drifts is where patching restores."""
+    rows = table.set_index("what")
+    rank, top = rows.loc["rank correlation"], rows.loc["shared top"]
+    return Claim(
+        f"attention drift and patching point to the same {what}",
+        "ours",
+        None,
+        f"Spearman {rank['value']:.2f} over {rank['n']:.0f} {what} (interval; p = {rank['p']:.2g}); of the top {top['top']:.0f} "
+        f"{top['value']:.0f} shared, {top['expected']:.1f} by chance",
+        _interval(rank["low"], rank["high"]),
+        int(rank["n"]),
+        _side(rank["low"], rank["high"]),
+    )
+
+
+def heads_matter(table: pd.DataFrame) -> Claim:
+    """Ablating the focal heads moves the preference more than ablating random sets."""
+    rows = table.set_index("what")
+    focal, difference = rows.loc["focal"], rows.loc["focal − random"]
+    surely = not (difference["low"] <= 0 <= difference["high"])
+    return Claim(
+        "focal heads matter: ablated together they move the preference more than random sets of heads",
+        "ours",
+        None,
+        f"{focal['mean']:+.3f} nats per token, random sets {rows.loc['random', 'mean']:+.3f}; difference "
+        f"{difference['mean']:+.3f} "
+        f"(interval); rank among {focal['n_sets']:.0f} sets p = {focal['p_sets']:.2g}",
+        _interval(difference["low"], difference["high"]),
+        int(focal["n"]),
+        bool(surely and focal["p_sets"] <= 0.05 and abs(focal["mean"]) > abs(rows.loc["random", "mean"])),
+    )
+
+
+def obeys_more(row: pd.Series) -> Claim:
+    """Training the focal layers improves compliance with the hierarchy."""
+    return Claim(
+        "SAIL on the focal layers improves compliance with the system's rule under conflict (held-out tasks)",
+        PAPER,
+        GAIN,
+        f"{row['conflict'] - row['change']:.0%} → {row['conflict']:.0%}, change {row['change']:+.2f} (interval)",
+        _interval(row["low"], row["high"]),
+        int(row["n"]),
+        _side(row["low"], row["high"]),
+    )
+
+
+def reaches(row: pd.Series) -> Claim:
+    """The project's own aim: +30 points with at most 1 % of the parameters and 3 % of perplexity."""
+    inside = row["share"] <= LARGEST_SHARE and row["perplexity_high"] <= LARGEST_PERPLEXITY
+    gained = _side(row["low"], row["high"], TARGET)
+    return Claim(
+        f"at least +{TARGET * 100:.0f} points with at most {LARGEST_SHARE:.0%} of the parameters and "
+        f"{LARGEST_PERPLEXITY - 1:.0%} perplexity",
+        "ours",
+        None,
+        f"{row['change']:+.2f} (interval); {row['share']:.2%} of the parameters; perplexity × {row['perplexity']:.4f} "
+        f"[{row['perplexity_low']:.4f}, {row['perplexity_high']:.4f}]",
+        _interval(row["low"], row["high"]),
+        int(row["n"]),
+        gained if inside else False,
+    )
+
+
+def keeps(row: pd.Series) -> Claim:
+    """Obedience without conflict is not paid for."""
+    return Claim(
+        "compliance without conflict does not fall (by 5 points or more)",
+        "ours",
+        None,
+        f"both turns agree {row['agree_change']:+.2f} (interval); rule in the system turn alone {row['system_change']:+.2f} "
+        f"[{row['system_low']:+.2f}, {row['system_high']:+.2f}]",
+        _interval(row["agree_low"], row["agree_high"]),
+        int(row["n"]),
+        _side(row["agree_low"], row["agree_high"], -0.05),
+    )
+
+
+def generalises(row: pd.Series) -> Claim:
+    """Families that were never trained."""
+    return Claim(
+        "the trained hierarchy holds for families of rules that were not trained",
+        "ours",
+        None,
+        f"{row['conflict'] - row['change']:.0%} → {row['conflict']:.0%}, change {row['change']:+.2f} (interval)",
+        _interval(row["low"], row["high"]),
+        int(row["n"]),
+        _side(row["low"], row["high"]),
+    )
+
+
+def beats(name: str, difference: tuple[float, float, float], n: int, source: str = PAPER) -> Claim:
+    """One arm above another."""
+    mean, low, high = difference
+    return Claim(name, source, None, f"{mean:+.2f} (interval)", _interval(low, high), n, _side(low, high))
+
+
+def neurons_stay(share: float, n: int, same_top: float) -> Claim:
+    """The top token of neurons: by construction all of them, since only attention is trained."""
+    return Claim(
+        "neurons keep their top token (share; adapters on attention cannot change what MLP neurons decode to)",
+        "Davies 2025, arXiv 2501.02688: base against instruct",
+        f"over {STABLE:.0%}",
+        f"{share:.1%} of neurons; next-token predictions on prose keep theirs at {same_top:.1%} of positions",
+        None,
+        n,
+        bool(share > STABLE),
+    )
+
+
+def scores(before: Mapping[str, Any], after: Mapping[str, Any], judge: str) -> Claim:
+    """CRAS before and after."""
+    low, high = float(after["low"] - before["high"]), float(after["high"] - before["low"])
+    return Claim(
+        f"CRAS under conflict rises ({judge} judge)",
+        PAPER,
+        None,
+        f"{before['mean']:.2f} [{before['low']:.2f}, {before['high']:.2f}] → {after['mean']:.2f} [{after['low']:.2f}, "
+        f"{after['high']:.2f}]"
+        f"; widest difference of the ends: interval",
+        _interval(low, high),
+        int(after["n"]),
+        _side(low, high),
+    )
+
+
+def _interval(low: float, high: float) -> tuple[float, float] | None:
+    return None if math.isnan(low) or math.isnan(high) else (float(low), float(high))
+
+
+def _side(low: float, high: float, at: float = 0.0) -> bool | None:
+    """True above, False below, None where the interval holds `at`, or is missing."""
+    if math.isnan(low) or math.isnan(high):
+        return None
+    return True if low > at else False if high < at else None

@@ -1,0 +1,182 @@
+"""The third stage of `analyses.instruction_conflict`: adapters on the focal layers and on others, and what they are worth.
+
+Trained are the families that the model follows at all, by a measurement on other tasks; the others, and two that never count
+among them, show whether a hierarchy was learned or three rules. Results stay in `arms/`; without training they are read there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analyses import conflict_arms, conflict_claims
+from analyses.neuron_clamping import read_jsonl
+from interp import neurons
+from interp.conflict import (
+    RuleJudge,
+    adapted,
+    cras,
+    cras_summary,
+    layer_scores,
+    localize,
+    make_pairs,
+    make_preferences,
+    plots,
+    queries_from_follow,
+)
+from interp.conflict.pairs import HELD_OUT_FAMILIES, Pair
+from interp.conflict.preferences import counts
+from interp.conflict.verifiers import BUILT_IN
+from interp.report.claims import Claim
+from interp.results import Result
+
+# Columns of a table of layers that are printed.
+LAYERS = ["layer", "score", "control", "excess", "low", "high", "q", "n_focal_heads", "focal"]
+
+
+@dataclass
+class Job:
+    """What every step needs: the model, where results go, how prompts are written, and what the section is to hold."""
+
+    model: Any
+    out: Path
+    template: str | None
+    claims: list[Claim]
+    items: list[Any]
+
+
+def align_arms(
+    job: Job,
+    followed: list[str],
+    layers: list[int],
+    heads: list[tuple[int, int]],
+    train: Sequence[str],
+    sizes: Mapping[str, int],
+    settings: dict[str, Any],
+) -> bool:
+    """Train arms, or show those that are trained; returns whether there are any."""
+    model, out, claims, items = job.model, job.out, job.claims, job.items
+    ask = {"template": job.template}
+    place = out / "arms"
+    plan = conflict_arms.chosen_layers(model, layers)
+    prose = [str(row["text"]) for row in read_jsonl("sample_texts.jsonl")]
+    taught = [name for name in followed if name not in HELD_OUT_FAMILIES] or None
+    if train:
+        preferences, validation = (
+            make_preferences(
+                model,
+                make_pairs(part, n, families=taught),
+                **ask,
+                out=out / f"preferences_{part}_{n}",
+                progress=f"{part} pairs",
+            )
+            for part, n in (("training", sizes["n_train"]), ("validation", sizes["n_validation"]))
+        )
+        pairs = held_out(taught, sizes["n_measure"], sizes["n_others"])
+        conflict_arms.measure(model, place, "untrained", pairs, prose, None, job.template)
+        for name in train:
+            where = conflict_arms.spans(plan[conflict_arms.ARMS[name][0]].layers)
+            print(f"interp: arm {name}, layers {where}", file=sys.stderr)
+            adapter = conflict_arms.train_arm(model, place, name, preferences, validation, plan, heads, **settings)
+            conflict_arms.measure(model, place, name, pairs, prose, adapter, job.template)
+        items.append(counts(preferences))
+    base = conflict_arms.measured(place, "untrained")
+    about = {name: conflict_arms.trained(place, name, model.fingerprint) for name in conflict_arms.ARMS}
+    known = {name: conflict_arms.measured(place, name) for name, facts in about.items() if facts is not None}
+    found = {name: both for name, both in known.items() if both is not None}
+    if base is None or not found:
+        return False
+    groups = family_groups(base[0], taught)
+    table = conflict_arms.table(found, base, groups, {name: facts for name, facts in about.items() if facts})
+    items.append(table)
+    claims += arm_claims(table, found, groups)
+    if "focal" in found:
+        adapter = place / conflict_arms.folder_name("focal") / "adapter"
+        claims += after_claims(model, out, adapter, base[0], found["focal"][0], table)
+        with adapted(model, adapter):
+            after = localize(
+                model, make_pairs("localisation", 96), **ask, out=out / "drift_after", progress="drift after"
+            )
+        items += [plots.layer_profile(after), layer_scores(after)[LAYERS]]
+    return True
+
+
+def held_out(taught: Sequence[str] | None, n_taught: int, n_others: int) -> list[Pair]:
+    """Held-out tasks of the families that were trained, and fewer of the others."""
+    every = list(BUILT_IN) if taught is None else list(taught)
+    others = [name for name in BUILT_IN if name not in every]
+    rest = make_pairs("held-out", n_others, families=others) if others and n_others else []
+    return [*make_pairs("held-out", n_taught, families=every), *rest]
+
+
+def family_groups(answers: Result, taught: Sequence[str] | None) -> dict[str, list[str]]:
+    """Families that were trained, because the model follows them at all, and those that were not."""
+    there = [name for name in BUILT_IN if name in set(answers.frame["family"].astype(str))]
+    groups = {
+        "trained": [name for name in there if taught is None or name in taught],
+        "never trained": [name for name in there if taught is not None and name not in taught],
+    }
+    return {name: some for name, some in groups.items() if some}
+
+
+def arm_claims(
+    table: pd.DataFrame, found: Mapping[str, tuple[Result, Result]], groups: Mapping[str, Sequence[str]]
+) -> list[Claim]:
+    """Claims on the trained arms, as far as they are there."""
+    if "focal" not in found or "trained" not in groups:
+        return []
+    rows = table[table["arm"] == "focal"].set_index("families")
+    followed, own = rows.loc["trained"], groups["trained"]
+    made = [conflict_claims.obeys_more(followed), conflict_claims.reaches(followed), conflict_claims.keeps(followed)]
+    if "never trained" in groups:
+        made.append(conflict_claims.generalises(rows.loc["never trained"]))
+    ours, n = found["focal"][0], int(followed["n"])
+    random = [found[name][0] for name in found if name.startswith("random")]
+    others = {
+        **({f"focal layers above random layers (mean of {len(random)} draws)": random} if random else {}),
+        **{
+            f"focal layers above the {name} layers, as many": [found[name][0]]
+            for name in ("first", "last")
+            if name in found
+        },
+        **({"focal layers above all layers with a smaller rank": [found["all"][0]]} if "all" in found else {}),
+        **({"released credit above plain DPO": [found["focal, plain DPO"][0]]} if "focal, plain DPO" in found else {}),
+    }
+    made += [
+        conflict_claims.beats(f"{name} (compliance under conflict)", conflict_arms.against(ours, some, own), n)
+        for name, some in others.items()
+    ]
+    both = ("focal, attention credit", "focal, plain DPO")
+    if all(name in found for name in both):
+        difference = conflict_arms.against(found[both[0]][0], [found[both[1]][0]], own)
+        made.append(
+            conflict_claims.beats("attention credit above plain DPO (compliance under conflict)", difference, n)
+        )
+    return made
+
+
+def after_claims(
+    model: Any, out: Path, adapter: Path, before: Result, after: Result, table: pd.DataFrame
+) -> list[Claim]:
+    """CRAS and the neurons before and after."""
+    ids = set(before.frame["pair"])
+    pairs = [pair for pair in make_pairs("held-out", 10**6, families=BUILT_IN) if pair.id in ids]
+    graded = []
+    for name, answers in (("before", before), ("after", after)):
+        queries = queries_from_follow(answers, pairs, prompts=("conflict",))
+        summary = cras_summary(cras(RuleJudge(), queries, out=out / f"cras_arm_{name}", progress=False), by=())
+        graded.append(summary[summary["what"] == "cras"].iloc[0])
+    plain = neurons.decode(model)
+    with adapted(model, adapter):
+        trained = neurons.decode(model)
+    same = neurons.compare(plain, trained).frame.query("layer == -1").iloc[0]
+    same_top = float(table.loc[table["arm"] == "focal", "same_top"].iloc[0])
+    return [
+        conflict_claims.scores(graded[0], graded[1], "rule"),
+        conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top),
+    ]

@@ -1,0 +1,315 @@
+"""Who wins when system and user disagree, which layers settle it, and can those layers alone be trained to obey?
+
+Reproduces on any chat model what Wan et al., "Diagnose, Localize, Align" (arXiv 2509.23188; withdrawn by its authors,
+released in part), say of instruction conflicts. Prints the table claim · paper · ours and writes a report.
+
+    python -m analyses.instruction_conflict [--model NAME] [--train] [--out reports/instruction_conflict]
+
+1. Diagnose: which rules the model follows at all, and who wins under conflict, by verifiers; CRAS by two judges and how far
+   they agree. The families that count as followed are chosen on other tasks than those that are reported.
+2. Localise: attention drift of every head beside its paraphrase control, in our form and in the published one; how stable the
+   choice is; then what patching and ablation say of the same layers and heads.
+3. Align (`--train`; hours on a laptop): adapters on the focal layers, beside random, first, last and all layers and plain
+   DPO, measured on held-out tasks. A report that is made without it shows what is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from analyses import conflict_arms, conflict_claims
+from analyses.conflict_training import LAYERS, Job, align_arms
+from interp import load_model
+from interp.cli import show
+from interp.conflict import (
+    RuleJudge,
+    ablate_heads,
+    ablation_summary,
+    agreement_with_drift,
+    compare_judges,
+    cras,
+    cras_summary,
+    encode_pair,
+    focal_heads,
+    focal_layers,
+    follow,
+    follow_summary,
+    followed_rules,
+    head_scores,
+    layer_scores,
+    localize,
+    make_contrasts,
+    make_pairs,
+    middle_layers,
+    patch,
+    plots,
+    queries_from_follow,
+    recovery,
+    stability,
+    thirds,
+)
+from interp.conflict.local_judge import LocalJudge
+from interp.conflict.verifiers import BUILT_IN
+from interp.errors import InputError
+from interp.report import Section, write_report
+from interp.report.claims import Claim, claims_frame, write_claims
+from interp.results import Result
+
+FLOOR = ("none", "system", "user", "agree", "conflict")
+# What `make report` runs; no training.
+REPORT: dict[str, Any] = {
+    "n_choose": 64,
+    "n_floor": 96,
+    "n_peer": 0,
+    "n_judged": 0,
+    "n_localise": 96,
+    "n_patch": 24,
+    "n_head_patch": 0,
+    "n_ablate": 12,
+    "n_sets": 8,
+}
+
+
+def run(
+    model: Any,
+    out: Path,
+    *,
+    n_choose: int = 192,
+    n_floor: int = 384,
+    n_peer: int = 96,
+    n_judged: int = 64,
+    n_localise: int = 240,
+    n_patch: int = 96,
+    n_head_patch: int = 24,
+    n_ablate: int = 48,
+    n_sets: int = 40,
+    train: Sequence[str] = (),
+    n_train: int = 240,
+    n_validation: int = 24,
+    n_measure: int = 96,
+    n_others: int = 40,
+    settings: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> Section:
+    """Diagnose, localise, and show or train the alignment.
+
+    Args:
+        model: what `load_model` gave, with a chat template.
+        out: folder for the results; what is there already is used again.
+        n_choose: pairs of the localisation part that say which families are followed.
+        n_floor: held-out pairs of the floor.
+        n_peer: held-out pairs in which another agent contradicts; 0 for none.
+        n_judged: answers that the model itself grades as a judge, beside the rules; 0 for none.
+        n_localise: pairs of the localisation part whose drift is measured.
+        n_patch: pairs whose layers are patched.
+        n_head_patch: pairs whose heads are patched one by one; 0 for none.
+        n_ablate: pairs on which the focal heads are ablated.
+        n_sets: random sets beside them.
+        train: arms to train, of `conflict_arms.ARMS`; those that were trained before are shown in any case.
+        n_train, n_validation: pairs of the training and validation parts, of the families that are followed.
+        n_measure, n_others: held-out pairs on which arms are measured, of these families and of the others.
+        settings: of `align`.
+        template: chat template; by default the model's own, and "plain" where it has none that fits.
+
+    Returns:
+        A section for a report.
+    """
+    claims: list[Claim] = []
+    items: list[Any] = []
+    job = Job(model, out, fitting_template(model) if template is None else template, claims, items)
+    followed = diagnose(job, n_choose, n_floor, n_peer, n_judged)
+    layers, heads = locate(job, n_localise, n_patch, n_head_patch, n_ablate, n_sets)
+    sizes = {"n_train": n_train, "n_validation": n_validation, "n_measure": n_measure, "n_others": n_others}
+    trained = align_arms(job, followed, layers, heads, train, sizes, dict(settings or {}))
+    write_claims(out / "claims.json", claims)
+    told = ", ".join(followed) if followed else "none"
+    text = (
+        f"Eight families of two opposed rules each, one in the system turn and the other from the user, on everyday "
+        f"tasks; programs verify "
+        f"the answers of {model.name}. Families with a rule that it follows more often than it would by itself, chosen on other "
+        f"tasks: {told}. Intervals are over tasks, 95 %.\n\n"
+        "Attention drift compares where the last token of the prompt looks (system rule, user rule, task, template, "
+        "sink) when the rules "
+        "agree and when they conflict; its control is the same comparison with a paraphrase. The published form "
+        "compares keys by their "
+        "number instead. Patching puts a layer's attention output of the consistent prompt into the conflicting one.\n\n"
+        + (
+            "Adapters were trained on the layers named."
+            if trained
+            else "No adapter has been trained here yet: see --train."
+        )
+    )
+    return Section("Conflict: who wins when system and user disagree", text, items, claims)
+
+
+def fitting_template(model: Any) -> str | None:
+    """`None` where the model's own chat template has a system turn, else "plain"."""
+    try:
+        encode_pair(model, make_pairs("held-out", 1)[0], ("conflict",))
+    except InputError as error:
+        print(f"interp: {error}; using the template 'plain'", file=sys.stderr)
+        return "plain"
+    return None
+
+
+def diagnose(job: Job, n_choose: int, n_floor: int, n_peer: int, n_judged: int) -> list[str]:
+    """The floor and CRAS; returns the families that the model follows."""
+    model, out, claims, items = job.model, job.out, job.claims, job.items
+    ask = {"template": job.template}
+    choosing = make_pairs("localisation", n_choose, families=BUILT_IN)
+    chosen = followed_rules(follow(model, choosing, FLOOR, **ask, out=out / f"follow_localisation_{n_choose}"))
+    found = {str(name) for name in chosen.loc[chosen["followed"], "family"]}
+    followed = [name for name in BUILT_IN if name in found]
+    pairs = make_pairs("held-out", n_floor, families=BUILT_IN)
+    answers = follow(model, pairs, FLOOR, **ask, out=out / f"follow_held_out_{n_floor}")
+    table = followed_rules(answers)
+    items += [plots.follow(answers), table, follow_summary(answers), answers]
+    if followed:
+        claims.append(conflict_claims.loses(answers, followed))
+    if n_peer:
+        peers = follow(
+            model,
+            make_pairs("held-out", n_peer, families=BUILT_IN, setting="peer"),
+            FLOOR,
+            **ask,
+            out=out / f"follow_peer_{n_peer}",
+        )
+        items += [plots.follow(peers), followed_rules(peers)]
+        if followed:
+            claims.append(conflict_claims.loses(peers, followed))
+    queries = queries_from_follow(answers, pairs, prompts=("system", "agree", "conflict"))
+    by_rule = cras(RuleJudge(), queries, out=out / f"cras_rule_{n_floor}")
+    items += [plots.score(by_rule), cras_summary(by_rule)]
+    if n_judged:
+        some = queries[:: max(1, len(queries) // n_judged)][:n_judged]
+        graded = [cras(judge, some, out=out / f"cras_{name}_{n_judged}") for name, judge in judges(model).items()]
+        items += [cras_summary(graded[1]), compare_judges(graded)]
+    return followed
+
+
+def judges(model: Any) -> dict[str, Any]:
+    """The rules, and the model that is judged as its own judge."""
+    return {"rules": RuleJudge(), "model": LocalJudge(model)}
+
+
+def locate(
+    job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate: int, n_sets: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Drift, patching and ablation; returns the focal layers and heads."""
+    model, out, claims, items = job.model, job.out, job.claims, job.items
+    ask = {"template": job.template}
+    pairs = make_pairs("localisation", n_localise)
+    drift = localize(model, pairs, **ask, out=out / f"drift_{n_localise}")
+    published = localize(
+        model, pairs, align="truncate", consistent="system", **ask, out=out / f"drift_published_{n_localise}"
+    )
+    heads, layers = head_scores(drift), layer_scores(drift)
+    thirds_of = middle_layers(drift)
+    thirds_published = middle_layers(published, score="score_pooled")
+    claims += [
+        conflict_claims.drifts(heads),
+        conflict_claims.middle(thirds_of, "spans, beyond the paraphrase"),
+        conflict_claims.middle(thirds_published, "published form: truncated rows, no control"),
+    ]
+    items += [
+        plots.localize(drift),
+        plots.layer_profile(drift),
+        plots.span_masses(drift),
+        layers[LAYERS],
+        heads.sort_values("excess", ascending=False).head(30),
+        thirds_of,
+        thirds_published,
+        stability_table(drift),
+    ]
+    some = make_pairs("localisation", n_patch)
+    contrasts = make_contrasts(model, some, **ask, progress="answers to patch with").found
+    patched = patch(
+        model,
+        some,
+        site=("attn_out", "resid_post"),
+        contrasts=contrasts,
+        **ask,
+        out=out / f"patch_{n_patch}",
+        progress="patch",
+    )
+    other = patch(
+        model,
+        some,
+        contrasts=contrasts,
+        **ask,
+        donor="other",
+        out=out / f"patch_other_{n_patch}",
+        progress="patch from another task",
+    )
+    thirds_patched, agreed = thirds(patched, model.arch.n_layers), agreement_with_drift(patched, layers)
+    claims += [conflict_claims.middle_patched(thirds_patched), conflict_claims.same_layers(agreed, "layers")]
+    items += [plots.patch(patched), recovery(patched), plots.patch(other), thirds_patched, agreed]
+    if n_head_patch:
+        few = some[:n_head_patch]
+        by_head = patch(
+            model,
+            few,
+            site="head",
+            contrasts={pair.id: contrasts[pair.id] for pair in few if pair.id in contrasts},
+            **ask,
+            out=out / f"patch_heads_{n_head_patch}",
+            progress="patch heads",
+        )
+        agreed_heads = agreement_with_drift(by_head, heads)
+        claims.append(conflict_claims.same_layers(agreed_heads, "heads"))
+        items += [plots.patch(by_head), recovery(by_head).sort_values("change", ascending=False).head(20), agreed_heads]
+    focal = focal_heads(drift)
+    tried = some[:n_ablate]
+    ablated = ablate_heads(
+        model,
+        tried,
+        focal,
+        n_random_sets=n_sets,
+        contrasts={pair.id: contrasts[pair.id] for pair in tried if pair.id in contrasts},
+        **ask,
+        out=out / f"ablate_{n_ablate}_{n_sets}",
+        progress="ablate",
+    )
+    claims.append(conflict_claims.heads_matter(ablation_summary(ablated)))
+    items += [plots.ablate_heads(ablated), ablation_summary(ablated)]
+    return focal_layers(drift), focal
+
+
+def stability_table(drift: Result) -> pd.DataFrame:
+    """Overlap of focal heads and layers between random halves, and without each family: means."""
+    table = stability(drift)
+    halves = table[table["kind"] == "halves"]
+    numbers = ["heads", "heads_chance", "layers", "layers_chance", "rank_correlation"]
+    mean = halves[numbers].mean().to_frame().T.assign(kind="halves", name=f"mean of {len(halves)}")
+    rest = table.loc[table["kind"] != "halves", ["kind", "name", *numbers]]
+    return pd.concat([mean[["kind", "name", *numbers]], rest], ignore_index=True)
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "smollm2-135m-instruct",
+    train: Annotated[bool, typer.Option(help="Train all arms and measure them.")] = False,
+    arm: Annotated[list[str] | None, typer.Option(help="Train only these; again for more.")] = None,
+    short: Annotated[bool, typer.Option(help="The smaller run that the report uses.")] = False,
+    device: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
+    out: Annotated[Path, typer.Option()] = Path("reports/instruction_conflict"),
+) -> None:
+    """Diagnose, localise, align, and write a report."""
+    loaded = load_model(model, device=device, dtype=dtype)
+    arms = arm or (list(conflict_arms.ARMS) if train else [])
+    section = run(loaded, out, train=arms, **(REPORT if short else {}))
+    for item in section.items:
+        if isinstance(item, pd.DataFrame):
+            show(item)
+    show(claims_frame(section.claims))
+    print(write_report([section], out / "report.html", title=f"Instruction conflicts in {loaded.name}"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,483 @@
+"""`interp conflict follow|score|localize|align`: who wins when instructions conflict, where it is settled, and training it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from interp.cli_shared import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    load,
+    save,
+    show,
+)
+from interp.errors import InputError
+
+if TYPE_CHECKING:
+    from interp.conflict.pairs import Pair
+
+conflict = typer.Typer(
+    help="Instruction conflicts: who wins when system and user disagree, which layers settle it, and training those layers.",
+    no_args_is_help=True,
+)
+
+PairsOption = Annotated[int, typer.Option("--pairs", help="How many pairs of prompts, evenly over rules and wordings.")]
+PartOption = Annotated[str, typer.Option("--part", help="Whose tasks: localisation, training, validation or held-out.")]
+FamilyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--family", help="A family of rules (`interp conflict families`); again for more. Default: the part's."
+    ),
+]
+WordingOption = Annotated[list[str] | None, typer.Option("--wording", help="simple or rich; both by default.")]
+SettingOption = Annotated[
+    str, typer.Option("--setting", help="Who contradicts the system: user, or peer, another agent of a dialogue.")
+]
+TasksOption = Annotated[
+    Path | None, typer.Option("--tasks", help='Tasks of your own: a .jsonl with "id", "part" and "text".')
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--template", help="chatml, plain, or a file with a Jinja chat template; default: the model's own."),
+]
+
+
+@conflict.command("families")
+def conflict_families(as_json: JsonOption = False) -> None:
+    """The built-in families of rules, with a wording of each."""
+    import pandas as pd
+
+    from interp.conflict.pairs import HELD_OUT_FAMILIES
+    from interp.conflict.verifiers import family, family_names
+    from interp.conflict.wordings import rule_texts
+
+    rows = [
+        {
+            "family": name,
+            "rule": rule,
+            "wording": rule_texts(name, rule, "simple")[0],
+            "held out": name in HELD_OUT_FAMILIES,
+        }
+        for name in family_names()
+        for rule in family(name).rules
+    ]
+    show(pd.DataFrame(rows), as_json)
+
+
+@conflict.command("follow")
+def conflict_follow(
+    pairs: PairsOption = 96,
+    part: PartOption = "held-out",
+    family: FamilyOption = None,
+    wording: WordingOption = None,
+    setting: SettingOption = "user",
+    tasks: TasksOption = None,
+    template: TemplateOption = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Longest answer in tokens.")] = 64,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="A folder that `interp conflict align` wrote: the trained model.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Where to write the answers: a .parquet file, or a folder that an interrupted run resumes in."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which rules the model follows at all, and who wins under conflict: share of answers that pass the verifiers."""
+    from interp.conflict.answers import follow, followed_rules
+
+    chosen = make(pairs, part, family, wording, setting, tasks, seed)
+    loaded = load(model, device, dtype)
+    if adapter is not None:
+        from interp.conflict.adapters import load_adapter
+
+        loaded = load_adapter(loaded, adapter)
+    folder = out if out is not None and out.suffix != ".parquet" else None
+    result = follow(
+        loaded,
+        chosen,
+        ("none", "system", "user", "conflict"),
+        max_new_tokens=tokens,
+        template=read_template(template),
+        out=folder,
+    )
+    if folder is None:
+        save(result, out)
+    show(followed_rules(result, seed=seed), as_json)
+
+
+def make(
+    n: int,
+    part: str,
+    families: list[str] | None,
+    wordings: list[str] | None,
+    setting: str,
+    tasks: Path | None,
+    seed: int,
+) -> list[Pair]:
+    """The pairs that the options name."""
+    from interp.conflict.pairs import make_pairs
+    from interp.conflict.wordings import WORDINGS, read_tasks
+
+    return make_pairs(
+        part,
+        n,
+        families=families,
+        wordings=wordings or WORDINGS,
+        setting=setting,
+        tasks_from=None if tasks is None else read_tasks(tasks),
+        seed=seed,
+    )
+
+
+def read_template(template: str | None) -> str | None:
+    """A named template, or what stands in a file.
+
+    Raises:
+        InputError: neither.
+    """
+    from interp.conflict.dialogues import TEMPLATES
+
+    if template is None or template in TEMPLATES:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--template {template!r}; expected {', '.join(TEMPLATES)} or a file: {error}") from error
+
+
+@conflict.command("localize")
+def conflict_localize(
+    pairs: PairsOption = 96,
+    part: PartOption = "localisation",
+    family: FamilyOption = None,
+    wording: WordingOption = None,
+    setting: SettingOption = "user",
+    tasks: TasksOption = None,
+    template: TemplateOption = None,
+    align: Annotated[
+        str, typer.Option("--align", help="spans: masses of the same pieces; truncate: keys by number, as published.")
+    ] = "spans",
+    consistent: Annotated[
+        str, typer.Option("--consistent", help="agree: the user repeats the rule; system: no user rule, as published.")
+    ] = "agree",
+    patch: Annotated[
+        int, typer.Option("--patch", help="Also patch every layer on this many of the pairs: does drift mean anything?")
+    ] = 0,
+    heads: Annotated[int, typer.Option("--heads", help="Heads shown.")] = 10,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Where to write a report with every figure (HTML).")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Where to write the drift: a .parquet file, or a folder that an interrupted run resumes in."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which layers' and heads' attention drifts under conflict, beyond a paraphrase; the focal ones."""
+    from interp.conflict import agreement_with_drift, head_scores, layer_scores, localize, plots, recovery
+    from interp.conflict import patch as patch_layers
+
+    chosen = make(pairs, part, family, wording, setting, tasks, seed)
+    loaded = load(model, device, dtype)
+    folder = out if out is not None and out.suffix != ".parquet" else None
+    read = read_template(template)
+    result = localize(loaded, chosen, align=align, consistent=consistent, template=read, out=folder)
+    if folder is None:
+        save(result, out)
+    layers, scored = layer_scores(result, seed=seed), head_scores(result, seed=seed)
+    top = scored.sort_values("excess", ascending=False).head(heads)
+    figures: list[Any] = [plots.localize(result), plots.layer_profile(result), plots.span_masses(result), result]
+    if patch:
+        patched = patch_layers(loaded, chosen[:patch], consistent=consistent, template=read, seed=seed)
+        found = recovery(patched).set_index("layer")
+        layers = layers.assign(
+            recovery=layers["layer"].map(found["recovery"]), recovery_q=layers["layer"].map(found["q"])
+        )
+        figures += [plots.patch(patched), patched]
+        rank = agreement_with_drift(patched, layers, seed=seed).iloc[0]
+        print(
+            f"drift and patching: Spearman {rank['value']:.2f} [{rank['low']:.2f}, {rank['high']:.2f}]", file=sys.stderr
+        )
+    focal = layers.loc[layers["focal"], "layer"].tolist()
+    print(f"focal layers: {', '.join(map(str, focal))}", file=sys.stderr)
+    if plot is not None:
+        from interp.report import write_report
+
+        print(f"wrote {write_report(figures, plot, title=f'Instruction conflicts in {loaded.name}')}", file=sys.stderr)
+    keep = ["layer", "score", "control", "excess", "low", "high", "q", "n_focal_heads", "focal"]
+    keep += [name for name in ("recovery", "recovery_q") if name in layers]
+    columns = ["layer", "head", "score", "control", "excess", "low", "high", "q", "focal"]
+    if as_json:
+        print(json.dumps({"focal_layers": focal, "layers": records(layers[keep]), "heads": records(top[columns])}))
+        return
+    show(layers[keep])
+    show(top[columns])
+
+
+@conflict.command("score")
+def conflict_score(
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers", help="What `interp conflict follow --out` wrote; without it the answers are made here."
+        ),
+    ] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option("--judge", help="rule, local or api; again for more, and for their agreement.")
+    ] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-model",
+            help="The judging model: for local a name, folder or .gguf file, by default --model; for api a name.",
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option("--base-url", help="Of an OpenAI-compatible server, for --judge api.")
+    ] = None,
+    key_env: Annotated[
+        str, typer.Option("--key-env", help="Environment variable with the server's key.")
+    ] = "OPENAI_API_KEY",
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", help="DIMENSION=λ, such as constraint_compliance=0.4; they sum to 1."),
+    ] = None,
+    by: Annotated[list[str] | None, typer.Option("--by", help="Columns to group by; default: prompt.")] = None,
+    pairs: PairsOption = 24,
+    part: PartOption = "held-out",
+    family: FamilyOption = None,
+    wording: WordingOption = None,
+    setting: SettingOption = "user",
+    tasks: TasksOption = None,
+    template: TemplateOption = None,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for answers and scores; an interrupted run resumes there.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Grade answers by CRAS (goal, role, knowledge boundary, constraint; 1 to 5), with one judge or several."""
+    import pandas as pd
+
+    from interp.conflict import compare_judges, cras, cras_summary, follow, queries_from_follow
+    from interp.results import load_result
+
+    names = judge or ["rule"]
+    unknown = [name for name in names if name not in ("rule", "local", "api")]
+    if unknown or len(set(names)) < len(names):
+        raise InputError(f"--judge {', '.join(names)}; expected rule, local or api, each at most once")
+    weights = read_weights(weight)
+    prompts = ("system", "agree", "conflict")
+    if "api" in names:
+        check_api(base_url, judge_model)
+    if answers is not None:
+        from interp.conflict.answers import pairs_of
+
+        answered = load_result(answers)
+        asked = pairs_of(answered, None if tasks is None else tasks)
+    else:
+        asked = make(pairs, part, family, wording, setting, tasks, seed)
+    loaded = load(model, device, dtype) if answers is None or ("local" in names and judge_model is None) else None
+    if answers is None:
+        place = None if out is None else out / "answers"
+        answered = follow(loaded, asked, prompts, template=read_template(template), out=place)
+    here = [name for name in prompts if name in set(answered.frame["prompt"].astype(str))]
+    queries = queries_from_follow(answered, asked, prompts=here)
+    results = []
+    for name in names:
+        made = make_judge(name, loaded, judge_model, base_url, key_env, device, dtype, out)
+        results.append(cras(made, queries, weights=weights, out=None if out is None else out / f"scores-{name}"))
+    table = pd.concat([cras_summary(result, by=by or ("prompt",)) for result in results], ignore_index=True)
+    agreed = compare_judges(results) if len(results) > 1 else None
+    if as_json:
+        found = {"scores": records(table)} | ({} if agreed is None else {"agreement": records(agreed)})
+        print(json.dumps(found))
+        return
+    show(table)
+    if agreed is not None:
+        show(agreed)
+
+
+@conflict.command("align")
+def conflict_align(
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for preferences, checkpoints and adapter; a run that was killed resumes."),
+    ],
+    layer: Annotated[
+        list[int] | None,
+        typer.Option("--layer", help="A layer to train; again for more. Default: the focal layers of --drift."),
+    ] = None,
+    drift: Annotated[
+        Path | None,
+        typer.Option(
+            "--drift", help="What `interp conflict localize --out` wrote; without it and --layer, it is measured here."
+        ),
+    ] = None,
+    credit: Annotated[
+        str, typer.Option("--credit", help="reward (released loss), attention (the abstract's), or none (plain DPO).")
+    ] = "reward",
+    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the credit; 0 is plain DPO.")] = 0.5,
+    beta: Annotated[float, typer.Option("--beta", help="Of DPO.")] = 0.1,
+    rank: Annotated[int, typer.Option("--rank", help="Of LoRA.")] = 8,
+    preset: Annotated[str, typer.Option("--preset", help="laptop (two cores) or gpu.")] = "laptop",
+    pairs: Annotated[int, typer.Option("--pairs", help="Training pairs of prompts.")] = 288,
+    validation: Annotated[
+        int, typer.Option("--validation", help="Validation pairs; training stops early on them.")
+    ] = 32,
+    family: FamilyOption = None,
+    wording: WordingOption = None,
+    setting: SettingOption = "user",
+    tasks: TasksOption = None,
+    template: TemplateOption = None,
+    measure: Annotated[
+        int,
+        typer.Option("--measure", help="Held-out pairs on which the model is measured before and after; 0 for none."),
+    ] = 48,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the focal layers to obey the system's rule (SAIL); print compliance on held-out tasks before and after."""
+    import pandas as pd
+
+    from interp.conflict import (
+        adapted,
+        align,
+        focal_heads,
+        focal_layers,
+        follow,
+        follow_summary,
+        localize,
+        make_preferences,
+    )
+    from interp.results import load_result
+
+    read = read_template(template)
+    training = make(pairs, "training", family, wording, setting, tasks, seed)
+    checking = make(validation, "validation", family, wording, setting, tasks, seed) if validation else []
+    held_out = make(measure, "held-out", family, wording, setting, tasks, seed) if measure else []
+    loaded = load(model, device, dtype)
+    measured = None
+    if drift is not None:
+        measured = load_result(drift)
+    elif not layer or credit == "attention":
+        where = make(96, "localisation", family, wording, setting, tasks, seed)
+        measured = localize(loaded, where, template=read, out=out / "drift")
+    layers = list(layer) if layer else focal_layers(measured)  # type: ignore[arg-type]
+    print(f"layers: {', '.join(map(str, layers))}", file=sys.stderr)
+    preferences = make_preferences(loaded, training, template=read, out=out / "preferences")
+    checks = make_preferences(loaded, checking, template=read, out=out / "validation") if checking else None
+    history = align(
+        loaded,
+        preferences,
+        layers,
+        out=out / "run",
+        validation=checks,
+        heads=focal_heads(measured) if credit == "attention" and measured is not None else None,
+        credit=credit,
+        alpha=alpha,
+        beta=beta,
+        rank=rank,
+        preset=preset,
+        seed=seed,
+    )
+    adapter = out / "run" / "adapter"
+    print(f"wrote {adapter}", file=sys.stderr)
+    if not held_out:
+        show(history.frame.tail(5), as_json)
+        return
+    prompts = ("agree", "conflict")
+    before = follow(loaded, held_out, prompts, template=read, out=out / "before")
+    with adapted(loaded, adapter):
+        after = follow(loaded, held_out, prompts, template=read, out=out / "after")
+    parts = [
+        follow_summary(result, ("family",)).assign(model=name)
+        for name, result in (("before", before), ("after", after))
+    ]
+    columns = ["family", "prompt", "model", "obeys_system", "low", "high", "obeys_user", "n"]
+    show(pd.concat(parts)[columns].sort_values(["prompt", "family"], kind="stable"), as_json)
+
+
+def make_judge(
+    name: str,
+    loaded: Any,
+    judge_model: str | None,
+    base_url: str | None,
+    key_env: str,
+    device: str | None,
+    dtype: str | None,
+    out: Path | None,
+) -> Any:
+    """The judge that the options name."""
+    if name == "rule":
+        from interp.conflict import RuleJudge
+
+        return RuleJudge()
+    if name == "local":
+        from interp.conflict import LocalJudge
+
+        return LocalJudge(loaded if judge_model is None else load(judge_model, device, dtype))
+    from interp.conflict import ApiJudge
+
+    return ApiJudge(base_url, judge_model, key_env=key_env, cache=None if out is None else out / "replies")
+
+
+def check_api(base_url: str | None, judge_model: str | None) -> None:
+    """Refuses an API judge without an address or a model.
+
+    Raises:
+        InputError: it says what to add.
+    """
+    if not base_url or not judge_model:
+        raise InputError("--judge api needs --base-url, such as http://localhost:8000/v1, and --judge-model")
+
+
+def read_weights(given: list[str] | None) -> dict[str, float] | None:
+    """DIMENSION=λ options as a mapping.
+
+    Raises:
+        InputError: not of that form.
+    """
+    if not given:
+        return None
+    weights = {}
+    for entry in given:
+        name, _, number = entry.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise InputError(f"--weight {entry!r}; expected DIMENSION=λ, such as constraint_compliance=0.4") from None
+    return weights
+
+
+def records(frame: Any) -> list[dict[str, Any]]:
+    """Rows as JSON values."""
+    return json.loads(frame.to_json(orient="records"))

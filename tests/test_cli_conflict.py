@@ -1,0 +1,233 @@
+"""`interp conflict …` on a tiny model saved in a folder: tables, JSON, files, resumed folders, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_hf
+from typer.testing import CliRunner
+
+from interp import load_result
+from interp.cli import app
+from interp.conflict import answers as answers_module
+from interp.conflict import preferences as preferences_module
+from interp.conflict.answers import Answer
+from interp.conflict.dialogues import Dialogue
+from interp.errors import InputError, InterpError
+
+PROSE = "The sea is deep. It is cold. Fish live there. Nobody knows all of it."
+LIST = "1. The sea is deep.\n2. It is cold."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conflict.chat_models import chat_tokenizer
+
+    path = tmp_path_factory.mktemp("models") / "tiny-chat"
+    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
+    chat_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is asked answers in prose, or with a list where the last turn asks for one."""
+
+    def answer(model: Any, ids: Sequence[int]) -> Answer:
+        asked = model.decode(ids, skip_special_tokens=False).rpartition("<|im_start|>user")[2].lower()
+        wants = ("numbered" in asked or "1., 2., 3." in asked) and "forbids" not in asked
+        text = LIST if wants else PROSE
+        return Answer(text, (*model.tokenizer(text)["input_ids"], 2), True)
+
+    def answer_ids(model: Any, encoded: Sequence[Sequence[int]], **_: Any) -> list[Answer]:
+        return [answer(model, ids) for ids in encoded]
+
+    def generate(model: Any, dialogues: Sequence[Dialogue], **_: Any) -> list[Answer]:
+        from interp.conflict.dialogues import encode_dialogue
+
+        return answer_ids(model, [encode_dialogue(model, dialogue).ids for dialogue in dialogues])
+
+    monkeypatch.setattr(answers_module, "answer_ids", answer_ids)
+    monkeypatch.setattr(preferences_module, "generate_answers", generate)
+
+
+def run(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def parsed(result: Any) -> Any:
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("[{", "{"))]
+    return json.loads(lines[-1])
+
+
+SOME = ["--family", "list", "--wording", "simple"]
+
+
+def test_families() -> None:
+    rows = parsed(run("conflict", "families", "--json"))
+    assert len(rows) == 16
+    assert {row["family"] for row in rows if row["held out"]} == {"json", "words"}
+
+
+def test_follow_prints_rules_and_saves(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.parquet"
+    rows = parsed(run("conflict", "follow", "--pairs", 6, *SOME, "--model", folder, "--out", out, "--json"))
+    by_rule = {row["rule"]: row for row in rows}
+    assert set(by_rule) == {"list", "paragraph"}
+    assert by_rule["list"]["system"] == 0
+    assert by_rule["list"]["n"] == 3
+    assert set(load_result(out).frame["prompt"].astype(str)) == {"none", "system", "user", "conflict"}
+    table = run("conflict", "follow", "--pairs", 6, *SOME, "--model", folder, "--out", tmp_path / "resumes")
+    assert "paragraph" in table.stdout
+    assert load_result(tmp_path / "resumes").equals(load_result(out))
+
+
+def test_localize_prints_layers_and_heads_and_draws(folder: Path, tmp_path: Path) -> None:
+    out, page = tmp_path / "drift", tmp_path / "drift.html"
+    result = run(
+        *("conflict", "localize", "--pairs", 8, *SOME, "--model", folder, "--out", out, "--plot", page, "--json"),
+        *("--patch", 4, "--heads", 3),
+    )
+    found = parsed(result)
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2]
+    assert all("recovery" in row for row in found["layers"])
+    assert len(found["heads"]) == 3
+    assert found["focal_layers"] == [row["layer"] for row in found["layers"] if row["focal"]]
+    assert "focal layers:" in result.stderr
+    assert "plotly" in page.read_text()
+    assert load_result(out).kind == "conflict.localize"
+    published = run(
+        *(
+            "conflict",
+            "localize",
+            "--pairs",
+            4,
+            *SOME,
+            "--model",
+            folder,
+            "--align",
+            "truncate",
+            "--consistent",
+            "system",
+        ),
+        *("--setting", "peer"),
+    )
+    assert "excess" in published.stdout
+
+
+def test_score_by_two_judges_and_their_agreement(folder: Path, tmp_path: Path) -> None:
+    arguments = ["conflict", "score", "--pairs", 4, *SOME, "--model", folder, "--out", tmp_path / "scores"]
+    found = parsed(run(*arguments, "--judge", "rule", "--judge", "local", "--json"))
+    assert {row["what"] for row in found["scores"]} >= {"cras", "constraint_compliance"}
+    assert len({row["judge"] for row in found["scores"]}) == 2
+    assert found["agreement"]
+    # The answers that a run left are graded again, by other weights.
+    again = parsed(
+        run(
+            *("conflict", "score", "--answers", tmp_path / "scores" / "answers", "--json"),
+            *("--weight", "constraint_compliance=1", "--by", "family"),
+        )
+    )
+    rows = {row["what"]: row["mean"] for row in again["scores"]}
+    assert rows["cras"] == rows["constraint_compliance"]
+
+
+def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interp.conflict.aligning import PRESETS
+    from interp.conflict.sail_trainer import AlignSettings
+
+    monkeypatch.setitem(PRESETS, "laptop", AlignSettings(epochs=1.0, batch_size=2, gradient_accumulation=1))
+    arguments = ["conflict", "align", "--pairs", 6, "--validation", 2, "--measure", 4, *SOME, "--model", folder]
+    rows = parsed(run(*arguments, "--out", tmp_path / "run", "--credit", "attention", "--json"))
+    assert {(row["model"], row["prompt"]) for row in rows} == {
+        (model, prompt) for model in ("before", "after") for prompt in ("agree", "conflict")
+    }
+    assert (tmp_path / "run" / "run" / "adapter" / "adapter_model.safetensors").exists()
+    followed = run(
+        *(
+            "conflict",
+            "follow",
+            "--pairs",
+            2,
+            *SOME,
+            "--model",
+            folder,
+            "--adapter",
+            tmp_path / "run" / "run" / "adapter",
+        )
+    )
+    assert "list" in followed.stdout
+    # A second call finds what is there.
+    assert parsed(run(*arguments, "--out", tmp_path / "run", "--credit", "attention", "--json")) == rows
+    # Layers by hand, without measuring.
+    table = run(
+        *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
+        *("--out", tmp_path / "other", "--layer", 0, "--layer", 2, "--credit", "none"),
+    )
+    assert "loss" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["follow", "--family", "rhyme"], "no family 'rhyme'"),
+        (["follow", "--part", "middle"], "part='middle'"),
+        (["follow", "--tasks", "none.jsonl"], "cannot read none.jsonl"),
+        (
+            ["follow", "--pairs", "2", "--template", "none.jinja"],
+            "--template 'none.jinja'; expected chatml, plain or a file",
+        ),
+        (["localize", "--pairs", "2", "--align", "middle"], "middle"),
+        (["score", "--judge", "api"], "--judge api needs --base-url"),
+        (["score", "--judge", "boss"], "--judge boss; expected rule, local or api"),
+        (["score", "--weight", "goal"], "--weight 'goal'; expected DIMENSION=λ"),
+        (["align", "--out", "x", "--preset", "boss", "--pairs", "2"], "boss"),
+    ],
+)
+def test_bad_options_say_what_is_expected(
+    folder: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InterpError, match=message):
+        run("conflict", *arguments, "--model", folder)
+
+
+def test_answers_of_other_tasks_need_their_file(folder: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    rows = [{"id": f"mine-{at}", "part": "held-out", "text": f"What is number {at}?"} for at in range(3)]
+    tasks.write_text("\n".join(map(json.dumps, rows)))
+    run(
+        "conflict",
+        "follow",
+        "--pairs",
+        2,
+        *SOME,
+        "--model",
+        folder,
+        "--tasks",
+        tasks,
+        "--out",
+        tmp_path / "mine.parquet",
+    )
+    with pytest.raises(InputError, match=r"task 'mine-.' of the answers is not among the tasks"):
+        run("conflict", "score", "--answers", tmp_path / "mine.parquet")
+    found = parsed(run("conflict", "score", "--answers", tmp_path / "mine.parquet", "--tasks", tasks, "--json"))
+    assert found["scores"]
+
+
+def test_a_model_without_chat_template_is_offered_one(tmp_path: Path) -> None:
+    from conflict.chat_models import chat_tokenizer
+
+    path = tmp_path / "plain"
+    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
+    chat_tokenizer(None).save_pretrained(path)
+    arguments = ["conflict", "follow", "--pairs", 2, *SOME, "--model", path]
+    with pytest.raises(InputError, match="has no chat template; give template='chatml'"):
+        run(*arguments)
+    assert "list" in run(*arguments, "--template", "plain").stdout

@@ -1,0 +1,207 @@
+"""Claims on instruction conflicts hold where the numbers support them, do not where they contradict, and are open between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analyses import conflict_arms, conflict_claims
+from interp.conflict.answers import FOLLOW_COLUMNS
+from interp.provenance import Provenance
+from interp.results import Result
+
+N = 40
+
+
+def answers(conflict: Any, agree: Any = None, setting: str = "user", family: str = "list") -> Result:
+    """N tasks with one pair each; `conflict` and `agree`: who obeys the system, by task."""
+    rows = []
+    for prompt, obeys in (("agree", np.ones(N) if agree is None else agree), ("conflict", conflict)):
+        for at, passed in enumerate(np.broadcast_to(obeys, N)):
+            rows.append(
+                {
+                    **{"pair": f"p{at}", "part": "held-out", "task": f"t{at}", "family": family, "system_rule": "list"},
+                    **{
+                        "user_rule": "paragraph",
+                        "wording": "simple",
+                        "setting": setting,
+                        "prompt": prompt,
+                        "answer": "a",
+                    },
+                    **{"n_tokens": 1, "finished": True, "obeys_system": bool(passed), "obeys_user": not passed},
+                    "reason": "",
+                }
+            )
+    return Result("conflict.follow", pd.DataFrame(rows), FOLLOW_COLUMNS, Provenance())
+
+
+HALF = np.arange(N) < N // 2
+
+
+@pytest.mark.parametrize(
+    ("conflict", "agree", "holds"),
+    [(HALF, True, True), (True, HALF, False), (np.arange(N) != 1, np.arange(N) != 2, None)],
+)
+def test_misprioritised_rules(conflict: Any, agree: Any, holds: bool | None) -> None:
+    claim = conflict_claims.loses(answers(conflict, agree), ["list"])
+    assert claim.holds is holds
+    assert claim.n == N
+    assert "the user contradicts" in claim.claim
+    assert "other agent" in conflict_claims.loses(answers(conflict, agree, "peer"), ["list"]).claim
+
+
+def heads(excess: float, q: float) -> pd.DataFrame:
+    row = {
+        "layer": 3,
+        "head": 1,
+        "score": 0.5,
+        "control": 0.5 - excess,
+        "excess": excess,
+        "low": 0.1,
+        "high": 0.3,
+        "q": q,
+    }
+    return pd.DataFrame([row | {"n_pairs": 9}, row | {"n_pairs": 9, "head": 2, "excess": -1.0, "q": 0.001}])
+
+
+def test_drift() -> None:
+    assert conflict_claims.drifts(heads(0.2, 0.01)).holds is True
+    assert conflict_claims.drifts(heads(0.2, 0.06)).holds is False
+    assert conflict_claims.drifts(heads(-0.2, 0.01)).holds is False
+
+
+@pytest.mark.parametrize(("low", "high", "holds"), [(0.4, 0.9, True), (0.0, 0.2, False), (0.2, 0.5, None)])
+def test_middle_layers(low: float, high: float, holds: bool | None) -> None:
+    rows = [
+        {"third": name, "n_focal_heads": 9, "share": 1 / 3, "low": low, "high": high, "expected": 1 / 3, "p": 0.5}
+        for name in ("first", "middle", "last")
+    ]
+    claim = conflict_claims.middle(pd.DataFrame(rows), "spans")
+    assert claim.holds is holds
+    assert claim.n == 27
+
+
+SIDES = [(0.1, 0.2, True), (-0.2, -0.1, False), (-0.1, 0.1, None), (np.nan, np.nan, None)]
+
+
+@pytest.mark.parametrize(("low", "high", "holds"), SIDES)
+def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, holds: bool | None) -> None:
+    ends = {"low": low, "high": high}
+    thirds = pd.DataFrame(
+        [{"what": name, "mean": 0.1, **ends, "n_tasks": 5} for name in ("first", "middle", "last", "middle − others")]
+    )
+    agreement = pd.DataFrame(
+        [
+            {"what": "rank correlation", "value": 0.2, "n": 30, "p": 0.1, "top": 7, "expected": 0.0, **ends},
+            {
+                "what": "shared top",
+                "value": 2,
+                "n": 30,
+                "p": 0.1,
+                "top": 7,
+                "expected": 1.6,
+                "low": np.nan,
+                "high": np.nan,
+            },
+        ]
+    )
+    row = arm_row(**ends)
+    assert [
+        conflict_claims.middle_patched(thirds).holds,
+        conflict_claims.same_layers(agreement, "layers").holds,
+        conflict_claims.obeys_more(row).holds,
+        conflict_claims.generalises(row).holds,
+        conflict_claims.beats("a above b", (0.1, low, high), 3).holds,
+    ] == [holds] * 5
+
+
+@pytest.mark.parametrize(
+    ("difference", "p_sets", "holds"), [((0.1, 0.3), 0.02, True), ((0.1, 0.3), 0.2, False), ((-0.1, 0.3), 0.02, False)]
+)
+def test_heads_matter(difference: tuple[float, float], p_sets: float, holds: bool) -> None:
+    common = {"p": 0.1, "n_sets": 40, "n": 20, "p_sets": p_sets}
+    rows = [
+        {"what": "focal", "mean": -0.4, "low": -0.5, "high": -0.3, **common},
+        {"what": "random", "mean": -0.1, "low": -0.2, "high": 0.0, **common},
+        {"what": "focal − random", "mean": 0.2, "low": difference[0], "high": difference[1], **common},
+    ]
+    assert conflict_claims.heads_matter(pd.DataFrame(rows)).holds is holds
+
+
+def arm_row(**changes: Any) -> pd.Series:
+    row = {"conflict": 0.7, "change": 0.4, "low": 0.35, "high": 0.45, "n": 96, "share": 0.002, "perplexity": 1.01}
+    row |= {"perplexity_low": 1.0, "perplexity_high": 1.02, "agree_change": 0.0, "agree_low": -0.02, "agree_high": 0.02}
+    return pd.Series(row | {"system_change": 0.3, "system_low": 0.2, "system_high": 0.4} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"low": 0.2, "high": 0.28}, False),
+        ({"low": 0.2}, None),
+        ({"share": 0.02}, False),
+        ({"perplexity_high": 1.04}, False),
+    ],
+)
+def test_the_aim_needs_gain_size_and_perplexity(changes: dict[str, float], holds: bool | None) -> None:
+    assert conflict_claims.reaches(arm_row(**changes)).holds is holds
+
+
+@pytest.mark.parametrize(("low", "high", "holds"), [(-0.04, 0.02, True), (-0.3, -0.06, False), (-0.1, 0.0, None)])
+def test_compliance_without_conflict(low: float, high: float, holds: bool | None) -> None:
+    assert conflict_claims.keeps(arm_row(agree_low=low, agree_high=high)).holds is holds
+
+
+def test_neurons_and_scores() -> None:
+    assert conflict_claims.neurons_stay(0.99, 46080, 0.95).holds is True
+    assert conflict_claims.neurons_stay(0.75, 46080, 0.95).holds is False
+    before, after = {"mean": 2.0, "low": 1.8, "high": 2.2, "n": 9}, {"mean": 3.0, "low": 2.7, "high": 3.2, "n": 9}
+    assert conflict_claims.scores(before, after, "rule").holds is True
+    assert conflict_claims.scores(after, before, "rule").holds is False
+    assert conflict_claims.scores(before, before, "rule").holds is None
+
+
+# The arms' measures
+
+
+def prose(nll: float, same: float = 1.0) -> Result:
+    rows = [{"text": at, "n_tokens": 10 + at, "nll": nll, "same_top": same} for at in range(8)]
+    return Result("conflict.prose", pd.DataFrame(rows), conflict_arms.PROSE_COLUMNS, Provenance())
+
+
+def test_changes_are_paired_and_the_perplexity_is_a_ratio() -> None:
+    base, after = answers(HALF), answers(np.arange(N) < 30)
+    assert conflict_arms.change(after, base, ["list"])[0] == pytest.approx(0.25)
+    assert conflict_arms.change(base, base, ["list"]) == (0.0, 0.0, 0.0)
+    # The same share on other pairs is a change of none on the mean and of much in the pairs.
+    low, high = conflict_arms.change(answers(~HALF), base, ["list"])[1:]
+    assert low < -0.2 < 0.2 < high
+    assert conflict_arms.against(after, [base, base], ["list"])[0] == pytest.approx(0.25)
+    assert conflict_arms.perplexity_ratio(prose(2.1), prose(2.0)) == pytest.approx((np.exp(0.1),) * 3)
+
+
+def test_the_table_has_a_row_per_arm_and_group() -> None:
+    base, after = answers(HALF), answers(True)
+    about = {"focal": {"layers": [3, 4, 7], "trainable_share": 0.01}}
+    table = conflict_arms.table(
+        {"focal": (after, prose(2.1, 0.9))}, (base, prose(2.0)), {"followed": ["list"], "none": ["json"]}, about
+    )
+    assert table["arm"].tolist() == ["untrained", "focal"]
+    row = table.iloc[1]
+    assert (row["layers"], row["share"], row["conflict"], row["change"]) == ("3–4, 7", 0.01, 1.0, 0.5)
+    assert row["same_top"] == pytest.approx(0.9)
+    assert row["perplexity"] == pytest.approx(np.exp(0.1))
+    assert table.iloc[0]["perplexity"] == 1.0
+
+
+def test_pairs_that_differ_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="different pairs"):
+        conflict_arms.change(answers(True), _fewer(answers(True)), ["list"])
+
+
+def _fewer(result: Result) -> Result:
+    return Result(result.kind, result.frame[result.frame["pair"] != "p3"], result.columns, result.provenance)
