@@ -69,7 +69,7 @@ REPORT: dict[str, Any] = {
     "n_peer": 0,
     "n_judged": 0,
     "n_localise": 96,
-    "n_patch": 24,
+    "n_patch": 48,
     "n_head_patch": 0,
     "n_ablate": 12,
     "n_sets": 8,
@@ -211,7 +211,7 @@ def locate(
     )
     heads, layers = head_scores(drift), layer_scores(drift)
     thirds_of = middle_layers(drift)
-    thirds_published = middle_layers(published, score="score_pooled")
+    thirds_published = middle_layers(published, score="score")
     claims += [
         conflict_claims.drifts(heads),
         conflict_claims.middle(thirds_of, "spans, beyond the paraphrase"),
@@ -238,18 +238,21 @@ def locate(
         out=out / f"patch_{n_patch}",
         progress="patch",
     )
-    other = patch(
-        model,
-        some,
-        contrasts=contrasts,
-        **ask,
-        donor="other",
-        out=out / f"patch_other_{n_patch}",
-        progress="patch from another task",
-    )
+    kinds = [(pair.family, pair.system_rule, pair.wording) for pair in some]
+    if len(set(kinds)) < len(kinds):  # the control needs another task under the same rules
+        other = patch(
+            model,
+            some,
+            contrasts=contrasts,
+            **ask,
+            donor="other",
+            out=out / f"patch_other_{n_patch}",
+            progress="patch from another task",
+        )
+        items.append(plots.patch(other))
     thirds_patched, agreed = thirds(patched, model.arch.n_layers), agreement_with_drift(patched, layers)
     claims += [conflict_claims.middle_patched(thirds_patched), conflict_claims.same_layers(agreed, "layers")]
-    items += [plots.patch(patched), recovery(patched), plots.patch(other), thirds_patched, agreed]
+    items += [plots.patch(patched), recovery(patched), thirds_patched, agreed]
     if n_head_patch:
         few = some[:n_head_patch]
         by_head = patch(

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conflict.chat_models import chat_tokenizer
+from conflict.scripted_answers import script
 from tiny_models import tiny_hf
 from typer.testing import CliRunner
 
 from interp import load_result
 from interp.cli import app
-from interp.conflict import answers as answers_module
-from interp.conflict import preferences as preferences_module
-from interp.conflict.answers import Answer
-from interp.conflict.dialogues import Dialogue
 from interp.errors import InputError, InterpError
-
-PROSE = "The sea is deep. It is cold. Fish live there. Nobody knows all of it."
-LIST = "1. The sea is deep.\n2. It is cold."
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conflict.chat_models import chat_tokenizer
-
     path = tmp_path_factory.mktemp("models") / "tiny-chat"
     tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
     chat_tokenizer().save_pretrained(path)
@@ -35,24 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is asked answers in prose, or with a list where the last turn asks for one."""
-
-    def answer(model: Any, ids: Sequence[int]) -> Answer:
-        asked = model.decode(ids, skip_special_tokens=False).rpartition("<|im_start|>user")[2].lower()
-        wants = ("numbered" in asked or "1., 2., 3." in asked) and "forbids" not in asked
-        text = LIST if wants else PROSE
-        return Answer(text, (*model.tokenizer(text)["input_ids"], 2), True)
-
-    def answer_ids(model: Any, encoded: Sequence[Sequence[int]], **_: Any) -> list[Answer]:
-        return [answer(model, ids) for ids in encoded]
-
-    def generate(model: Any, dialogues: Sequence[Dialogue], **_: Any) -> list[Answer]:
-        from interp.conflict.dialogues import encode_dialogue
-
-        return answer_ids(model, [encode_dialogue(model, dialogue).ids for dialogue in dialogues])
-
-    monkeypatch.setattr(answers_module, "answer_ids", answer_ids)
-    monkeypatch.setattr(preferences_module, "generate_answers", generate)
+    script(monkeypatch)
 
 
 def run(*arguments: Any) -> Any:
@@ -222,8 +197,6 @@ def test_answers_of_other_tasks_need_their_file(folder: Path, tmp_path: Path) ->
 
 
 def test_a_model_without_chat_template_is_offered_one(tmp_path: Path) -> None:
-    from conflict.chat_models import chat_tokenizer
-
     path = tmp_path / "plain"
     tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
     chat_tokenizer(None).save_pretrained(path)

@@ -1,0 +1,99 @@
+"""The analysis of instruction conflicts runs on a tiny model, trains arms, uses again what is there, and its page opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conflict.chat_models import chat_tokenizer
+from conflict.scripted_answers import script
+from tiny_models import tiny_hf
+
+from analyses import conflict_arms, conflict_training, instruction_conflict
+from interp import load_model
+from interp.report import write_report
+from interp.report.claims import read_claims
+
+SMALL: dict[str, Any] = {
+    **{"n_choose": 64, "n_floor": 32, "n_peer": 32, "n_judged": 4, "n_localise": 24, "n_patch": 26},
+    **{"n_head_patch": 6, "n_ablate": 8, "n_sets": 4, "n_train": 8, "n_validation": 4, "n_measure": 8, "n_others": 8},
+    "settings": {"epochs": 1.0, "batch_size": 2, "gradient_accumulation": 1, "progress": False},
+}
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    script(monkeypatch)
+    monkeypatch.setattr(
+        conflict_training, "read_jsonl", lambda _: [{"text": "The sea is cold."}, {"text": "It rains."}]
+    )
+    hf = tiny_hf("llama", vocab_size=260, max_position_embeddings=4096, num_hidden_layers=6)
+    return load_model(hf, chat_tokenizer())
+
+
+def test_all_stages(model: Any, tmp_path: Path) -> None:
+    arms = ["focal", "focal, plain DPO", "focal, attention credit", "random 0", "all"]
+    section = instruction_conflict.run(model, tmp_path, train=arms, **SMALL)
+    names = [claim.claim for claim in section.claims]
+    assert read_claims(tmp_path / "claims.json") == section.claims
+    for part in (
+        "agents misprioritise",
+        "middle layers (spans",
+        "middle layers (published",
+        "drift and patching",
+        "focal heads matter",
+    ):
+        assert any(part in name for name in names), part
+    for part in (
+        "SAIL on the focal",
+        "at least +30 points",
+        "above random layers",
+        "plain DPO",
+        "CRAS",
+        "neurons keep",
+    ):
+        assert any(part in name for name in names), part
+    # It obeys the list rule in the user turn alone, so that it is followed, and lost whenever the system asks for it.
+    followed = next(item for item in section.items if isinstance(item, pd.DataFrame) and "followed" in item)
+    assert set(followed.loc[followed["followed"], "rule"]) == {"list"}
+    table = next(item for item in section.items if isinstance(item, pd.DataFrame) and "same_top" in item)
+    assert set(table["arm"]) == {"untrained", *arms}
+    assert set(table["families"]) == {"trained", "never trained"}
+    untrained = table[table["arm"] == "untrained"]
+    assert (untrained["perplexity"] == 1).all()
+    assert (untrained["same_top"] == 1).all()
+    assert table.loc[table["arm"] == "focal", "share"].gt(0).all()
+    page = write_report([section], tmp_path / "report.html", title="Conflict")
+    assert "who wins when system and user disagree" in page.read_text()
+
+
+def test_a_report_without_training_shows_what_was_trained(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = SMALL | {"n_peer": 0, "n_judged": 0, "n_head_patch": 0}
+    before = instruction_conflict.run(model, tmp_path, **few)
+    assert "No adapter has been trained here yet" in before.text
+    assert not any("SAIL" in claim.claim for claim in before.claims)
+    instruction_conflict.run(model, tmp_path, train=["focal"], **few)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(conflict_arms, "align", refuse)
+    after = instruction_conflict.run(model, tmp_path, **few)
+    assert any("SAIL" in claim.claim for claim in after.claims)
+    assert "Adapters were trained" in after.text
+    # What another model's run left is not shown as this one's.
+    other = load_model(
+        tiny_hf("llama", seed=5, vocab_size=260, max_position_embeddings=4096, num_hidden_layers=6), chat_tokenizer()
+    )
+    assert conflict_arms.trained(tmp_path / "arms", "focal", model.fingerprint) is not None
+    assert conflict_arms.trained(tmp_path / "arms", "focal", other.fingerprint) is None
+
+
+def test_a_model_without_chat_template_gets_one(model: Any, capsys: pytest.CaptureFixture) -> None:
+    model.tokenizer.chat_template = None
+    assert instruction_conflict.fitting_template(model) == "plain"
+    assert "using the template 'plain'" in capsys.readouterr().err
