@@ -52,12 +52,12 @@ class AlignSettings:
         max_grad_norm: where gradients are clipped.
     """
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     epochs: float = 2.0
     batch_size: int = 4
-    gradient_accumulation: int = 2
+    gradient_accumulation: int = 1
     evaluations: int = 6
-    patience: int = 2
+    patience: int = 3
     warmup: float = 0.1
     max_grad_norm: float = 1.0
 

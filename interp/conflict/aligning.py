@@ -55,7 +55,8 @@ from interp.results import Result
 
 KIND = "conflict.align"
 PRESETS = {
-    # SmolLM2-135M on two CPU cores: see `interp.conflict.aligning` in the benchmarks.
+    # SmolLM2-135M on two CPU cores: some 300 pairs twice, 4 a step, 3 to 6 seconds a step: a quarter of an hour. 5e-4 and 1e-3
+    # were too small to learn in as many steps.
     "laptop": AlignSettings(),
     "gpu": AlignSettings(
         learning_rate=2e-4, epochs=3.0, batch_size=16, gradient_accumulation=1, evaluations=12, patience=3
