@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def measure(
             place / "prose.parquet",
             lambda: _prose(model, prose, reference),
             fingerprint=model.fingerprint,
-            parameters={"texts": [text[:40] for text in prose]},
+            parameters={"texts": digest(prose)},
         )
         return answers, losses
 
@@ -132,6 +133,11 @@ def trained(out: Path, name: str, fingerprint: str) -> dict[str, Any] | None:
         return None
     record = read_adapter(adapter)
     return record["attachments"] if record.get("fingerprint") == fingerprint else None
+
+
+def digest(texts: Sequence[str]) -> str:
+    """16 hex digits that change with any text."""
+    return hashlib.sha256(repr(list(texts)).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -162,7 +168,7 @@ def _prose(model: Any, texts: Sequence[str], reference: Sequence[np.ndarray]) ->
             rows[text] = {"text": text, "n_tokens": n, "nll": -float(taken.mean()), "same_top": float(same)}
 
     for_each_batch(token_batches(encoded, max_tokens=1024, pad_id=model.pad_id), step)
-    provenance = Provenance.collect(model, parameters={"texts": [text[:40] for text in texts]})
+    provenance = Provenance.collect(model, parameters={"texts": digest(texts)})
     return Result("conflict.prose", pd.DataFrame([rows[at] for at in sorted(rows)]), PROSE_COLUMNS, provenance)
 
 
@@ -239,7 +245,10 @@ def paired(
 def against(
     ours: Result, others: Sequence[Result], families: Sequence[str], prompt: str = "conflict"
 ) -> tuple[float, float, float]:
-    """How many more answers obey than the mean of other arms, pair by pair: mean, low, high over tasks."""
+    """How many more answers obey than the mean of other arms, pair by pair: mean, low, high over tasks.
+
+    The arms are taken as they are: another seed, or other random layers, would give other arms.
+    """
     every = [paired(ours, other, families, prompt) for other in others]
     difference = np.mean([values for values, _ in every], axis=0)
     low, high = bootstrap_mean_clustered(difference, every[0][1])

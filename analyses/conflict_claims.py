@@ -2,14 +2,13 @@
 
 The paper (arXiv 2509.23188, withdrawn by its authors) prints one figure in its abstract; its statements are tested as
 statements. A claim holds where the interval that is printed with it is on its side, does not where it is on the other, and is
-open between.
+open between; where a test decides as well, such as a permutation test, the text of the figure says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -33,7 +32,7 @@ def loses(answers: Result, families: Sequence[str]) -> Claim:
     low, high = map(float, bootstrap_mean_clustered(difference.to_numpy(), under["task"].to_numpy()))
     ends = share_interval(under["obeys_system"].astype(float), under["task"])
     return Claim(
-        f"agents misprioritise system rules when the {who(answers)} contradicts them (rules the model can follow)",
+        f"agents misprioritise system rules when the {who(answers)} contradicts them (families it follows)",
         PAPER,
         None,
         f"obeyed {agreed['obeys_system'].mean():.0%} when both agree, {under['obeys_system'].mean():.0%} "
@@ -62,10 +61,10 @@ def drifts(heads: pd.DataFrame) -> Claim:
         None,
         f"{len(moved)} of {len(heads)} heads (q ≤ .05); most L{top['layer']:.0f}H{top['head']:.0f}: score "
         f"{top['score']:.2f}, paraphrase "
-        f"{top['control']:.2f}, excess {top['excess']:+.2f} (interval)",
+        f"{top['control']:.2f}, excess {top['excess']:+.2f} (its interval; q decides)",
         _interval(top["low"], top["high"]),
         int(top["n_pairs"]),
-        bool(len(moved)),
+        bool(len(moved)),  # the interval is that of the largest head, chosen for being so
     )
 
 
@@ -110,11 +109,12 @@ def same_layers(table: pd.DataFrame, what: str) -> Claim:
         f"attention drift and patching point to the same {what}",
         "ours",
         None,
-        f"Spearman {rank['value']:.2f} over {rank['n']:.0f} {what} (interval; p = {rank['p']:.2g}); of the top {top['top']:.0f} "
+        f"Spearman {rank['value']:.2f} over {rank['n']:.0f} {what} (interval over tasks; permuted {what} p = "
+        f"{rank['p']:.2g}, both decide); of the top {top['top']:.0f} "
         f"{top['value']:.0f} shared, {top['expected']:.1f} by chance",
         _interval(rank["low"], rank["high"]),
         int(rank["n"]),
-        _side(rank["low"], rank["high"]),
+        _with_test(_side(rank["low"], rank["high"]), rank["p"]),
     )
 
 
@@ -122,7 +122,6 @@ def heads_matter(table: pd.DataFrame) -> Claim:
     """Ablating the focal heads moves the preference more than ablating random sets."""
     rows = table.set_index("what")
     focal, difference = rows.loc["focal"], rows.loc["focal − random"]
-    surely = not (difference["low"] <= 0 <= difference["high"])
     return Claim(
         "focal heads matter: ablated together they move the preference more than random sets of heads",
         "ours",
@@ -132,8 +131,15 @@ def heads_matter(table: pd.DataFrame) -> Claim:
         f"(interval); rank among {focal['n_sets']:.0f} sets p = {focal['p_sets']:.2g}",
         _interval(difference["low"], difference["high"]),
         int(focal["n"]),
-        bool(surely and focal["p_sets"] <= 0.05 and abs(focal["mean"]) > abs(rows.loc["random", "mean"])),
+        _matters(focal, rows.loc["random"], difference),
     )
+
+
+def _matters(focal: pd.Series, random: pd.Series, difference: pd.Series) -> bool | None:
+    """Open while the interval holds 0, or with too few random sets for any rank to be rare."""
+    if difference["low"] <= 0 <= difference["high"] or 1 / (focal["n_sets"] + 1) > 0.05:
+        return None
+    return bool(focal["p_sets"] <= 0.05 and abs(focal["mean"]) > abs(random["mean"]))
 
 
 def obeys_more(row: pd.Series) -> Claim:
@@ -151,8 +157,9 @@ def obeys_more(row: pd.Series) -> Claim:
 
 def reaches(row: pd.Series) -> Claim:
     """The project's own aim: +30 points with at most 1 % of the parameters and 3 % of perplexity."""
-    inside = row["share"] <= LARGEST_SHARE and row["perplexity_high"] <= LARGEST_PERPLEXITY
     gained = _side(row["low"], row["high"], TARGET)
+    dear = _side(row["perplexity_low"], row["perplexity_high"], LARGEST_PERPLEXITY)
+    parts = (gained, bool(row["share"] <= LARGEST_SHARE), None if dear is None else not dear)
     return Claim(
         f"at least +{TARGET * 100:.0f} points with at most {LARGEST_SHARE:.0%} of the parameters and "
         f"{LARGEST_PERPLEXITY - 1:.0%} perplexity",
@@ -162,7 +169,7 @@ def reaches(row: pd.Series) -> Claim:
         f"[{row['perplexity_low']:.4f}, {row['perplexity_high']:.4f}]",
         _interval(row["low"], row["high"]),
         int(row["n"]),
-        gained if inside else False,
+        False if False in parts else None if None in parts else True,
     )
 
 
@@ -212,18 +219,23 @@ def neurons_stay(share: float, n: int, same_top: float) -> Claim:
     )
 
 
-def scores(before: Mapping[str, Any], after: Mapping[str, Any], judge: str) -> Claim:
-    """CRAS before and after."""
-    low, high = float(after["low"] - before["high"]), float(after["high"] - before["low"])
+def scores(before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str) -> Claim:
+    """CRAS before and after, pair by pair.
+
+    Args:
+        before, after: CRAS of each pair.
+        tasks: of each pair.
+        judge: its name.
+    """
+    difference = (after - before).to_numpy()
+    low, high = map(float, bootstrap_mean_clustered(difference, tasks.to_numpy()))
     return Claim(
         f"CRAS under conflict rises ({judge} judge)",
         PAPER,
         None,
-        f"{before['mean']:.2f} [{before['low']:.2f}, {before['high']:.2f}] → {after['mean']:.2f} [{after['low']:.2f}, "
-        f"{after['high']:.2f}]"
-        f"; widest difference of the ends: interval",
+        f"{before.mean():.2f} → {after.mean():.2f} of 5, change {difference.mean():+.2f} (interval)",
         _interval(low, high),
-        int(after["n"]),
+        len(difference),
         _side(low, high),
     )
 
@@ -237,3 +249,8 @@ def _side(low: float, high: float, at: float = 0.0) -> bool | None:
     if math.isnan(low) or math.isnan(high):
         return None
     return True if low > at else False if high < at else None
+
+
+def _with_test(side: bool | None, p: float) -> bool | None:
+    """The interval's side where a test is on it too; open where the two disagree."""
+    return side if side is False or p <= 0.05 else None

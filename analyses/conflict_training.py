@@ -6,6 +6,7 @@ among them, show whether a hierarchy was learned or three rules. Results stay in
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ import pandas as pd
 from analyses import conflict_arms, conflict_claims
 from analyses.neuron_clamping import read_jsonl
 from interp import neurons
+from interp.atomic import write_atomically
 from interp.conflict import (
     RuleJudge,
     adapted,
     cras,
-    cras_summary,
     layer_scores,
     localize,
     make_pairs,
@@ -29,6 +30,7 @@ from interp.conflict import (
     plots,
     queries_from_follow,
 )
+from interp.conflict.cras_summaries import answers as cras_by_answer
 from interp.conflict.pairs import HELD_OUT_FAMILIES, Pair
 from interp.conflict.preferences import counts
 from interp.conflict.verifiers import BUILT_IN
@@ -63,10 +65,15 @@ def align_arms(
     model, out, claims, items = job.model, job.out, job.claims, job.items
     ask = {"template": job.template}
     place = out / "arms"
+    record = place / "families.json"
     plan = conflict_arms.chosen_layers(model, layers)
     prose = [str(row["text"]) for row in read_jsonl("sample_texts.jsonl")]
-    taught = [name for name in followed if name not in HELD_OUT_FAMILIES] or None
+    taught = [name for name in followed if name not in HELD_OUT_FAMILIES]
+    if train and not taught:
+        print("interp: no family of rules is followed at all, so that none can be trained", file=sys.stderr)
+        return False
     if train:
+        write_atomically(record, lambda file: file.write(json.dumps(taught).encode()))
         preferences, validation = (
             make_preferences(
                 model,
@@ -85,6 +92,9 @@ def align_arms(
             adapter = conflict_arms.train_arm(model, place, name, preferences, validation, plan, heads, **settings)
             conflict_arms.measure(model, place, name, pairs, prose, adapter, job.template)
         items.append(counts(preferences))
+    if not record.exists():
+        return False
+    taught = json.loads(record.read_text())  # a shorter run may find fewer families followed than the one that trained
     base = conflict_arms.measured(place, "untrained")
     about = {name: conflict_arms.trained(place, name, model.fingerprint) for name in conflict_arms.ARMS}
     known = {name: conflict_arms.measured(place, name) for name, facts in about.items() if facts is not None}
@@ -97,29 +107,28 @@ def align_arms(
     claims += arm_claims(table, found, groups)
     if "focal" in found:
         adapter = place / conflict_arms.folder_name("focal") / "adapter"
-        claims += after_claims(model, out, adapter, base[0], found["focal"][0], table)
+        claims += after_claims(model, adapter, base[0], found["focal"][0], table)
         with adapted(model, adapter):
             after = localize(
-                model, make_pairs("localisation", 96), **ask, out=out / "drift_after", progress="drift after"
+                model, make_pairs("localisation", 96), **ask, out=place / "focal" / "drift", progress="drift after"
             )
         items += [plots.layer_profile(after), layer_scores(after)[LAYERS]]
     return True
 
 
-def held_out(taught: Sequence[str] | None, n_taught: int, n_others: int) -> list[Pair]:
+def held_out(taught: Sequence[str], n_taught: int, n_others: int) -> list[Pair]:
     """Held-out tasks of the families that were trained, and fewer of the others."""
-    every = list(BUILT_IN) if taught is None else list(taught)
-    others = [name for name in BUILT_IN if name not in every]
+    others = [name for name in BUILT_IN if name not in taught]
     rest = make_pairs("held-out", n_others, families=others) if others and n_others else []
-    return [*make_pairs("held-out", n_taught, families=every), *rest]
+    return [*make_pairs("held-out", n_taught, families=taught), *rest]
 
 
-def family_groups(answers: Result, taught: Sequence[str] | None) -> dict[str, list[str]]:
+def family_groups(answers: Result, taught: Sequence[str]) -> dict[str, list[str]]:
     """Families that were trained, because the model follows them at all, and those that were not."""
     there = [name for name in BUILT_IN if name in set(answers.frame["family"].astype(str))]
     groups = {
-        "trained": [name for name in there if taught is None or name in taught],
-        "never trained": [name for name in there if taught is not None and name not in taught],
+        "trained": [name for name in there if name in taught],
+        "never trained": [name for name in there if name not in taught],
     }
     return {name: some for name, some in groups.items() if some}
 
@@ -138,7 +147,11 @@ def arm_claims(
     ours, n = found["focal"][0], int(followed["n"])
     random = [found[name][0] for name in found if name.startswith("random")]
     others = {
-        **({f"focal layers above random layers (mean of {len(random)} draws)": random} if random else {}),
+        **(
+            {f"focal layers above random layers (mean of {len(random)} draws, taken as they are)": random}
+            if random
+            else {}
+        ),
         **{
             f"focal layers above the {name} layers, as many": [found[name][0]]
             for name in ("first", "last")
@@ -160,23 +173,22 @@ def arm_claims(
     return made
 
 
-def after_claims(
-    model: Any, out: Path, adapter: Path, before: Result, after: Result, table: pd.DataFrame
-) -> list[Claim]:
+def after_claims(model: Any, adapter: Path, before: Result, after: Result, table: pd.DataFrame) -> list[Claim]:
     """CRAS and the neurons before and after."""
     ids = set(before.frame["pair"])
     pairs = [pair for pair in make_pairs("held-out", 10**6, families=BUILT_IN) if pair.id in ids]
     graded = []
     for name, answers in (("before", before), ("after", after)):
         queries = queries_from_follow(answers, pairs, prompts=("conflict",))
-        summary = cras_summary(cras(RuleJudge(), queries, out=out / f"cras_arm_{name}", progress=False), by=())
-        graded.append(summary[summary["what"] == "cras"].iloc[0])
+        result = cras(RuleJudge(), queries, out=adapter.parent / f"cras_{name}", progress=False)
+        graded.append(cras_by_answer(result)[0].set_index("query")["cras"])
+    tasks = pd.Series({f"{pair.id}/conflict": pair.task.id for pair in pairs}).reindex(graded[0].index)
     plain = neurons.decode(model)
     with adapted(model, adapter):
         trained = neurons.decode(model)
     same = neurons.compare(plain, trained).frame.query("layer == -1").iloc[0]
     same_top = float(table.loc[table["arm"] == "focal", "same_top"].iloc[0])
     return [
-        conflict_claims.scores(graded[0], graded[1], "rule"),
+        conflict_claims.scores(graded[0], graded[1].reindex(graded[0].index), tasks, "rule"),
         conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top),
     ]

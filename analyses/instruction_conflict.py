@@ -72,7 +72,7 @@ REPORT: dict[str, Any] = {
     "n_patch": 48,
     "n_head_patch": 0,
     "n_ablate": 12,
-    "n_sets": 8,
+    "n_sets": 20,
 }
 
 
@@ -122,7 +122,8 @@ def run(
     """
     claims: list[Claim] = []
     items: list[Any] = []
-    job = Job(model, out, fitting_template(model) if template is None else template, claims, items)
+    # Another model's results stay beside these.
+    job = Job(model, out / model.fingerprint, fitting_template(model) if template is None else template, claims, items)
     followed = diagnose(job, n_choose, n_floor, n_peer, n_judged)
     layers, heads = locate(job, n_localise, n_patch, n_head_patch, n_ablate, n_sets)
     sizes = {"n_train": n_train, "n_validation": n_validation, "n_measure": n_measure, "n_others": n_others}

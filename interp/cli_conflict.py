@@ -388,6 +388,10 @@ def conflict_align(
     measured = None
     if drift is not None:
         measured = load_result(drift)
+        if measured.provenance.fingerprint != loaded.fingerprint:
+            raise InputError(
+                f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or name layers with --layer"
+            )
     elif not layer or credit == "attention":
         where = make(96, "localisation", family, wording, setting, tasks, seed)
         measured = localize(loaded, where, template=read, out=out / "drift")

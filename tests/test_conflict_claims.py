@@ -95,7 +95,7 @@ def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, hol
     )
     agreement = pd.DataFrame(
         [
-            {"what": "rank correlation", "value": 0.2, "n": 30, "p": 0.1, "top": 7, "expected": 0.0, **ends},
+            {"what": "rank correlation", "value": 0.2, "n": 30, "p": 0.01, "top": 7, "expected": 0.0, **ends},
             {
                 "what": "shared top",
                 "value": 2,
@@ -119,10 +119,16 @@ def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, hol
 
 
 @pytest.mark.parametrize(
-    ("difference", "p_sets", "holds"), [((0.1, 0.3), 0.02, True), ((0.1, 0.3), 0.2, False), ((-0.1, 0.3), 0.02, False)]
+    ("difference", "p_sets", "n_sets", "holds"),
+    [
+        ((0.1, 0.3), 0.02, 40, True),
+        ((0.1, 0.3), 0.2, 40, False),
+        ((-0.1, 0.3), 0.02, 40, None),
+        ((0.1, 0.3), 0.11, 8, None),
+    ],
 )
-def test_heads_matter(difference: tuple[float, float], p_sets: float, holds: bool) -> None:
-    common = {"p": 0.1, "n_sets": 40, "n": 20, "p_sets": p_sets}
+def test_heads_matter(difference: tuple[float, float], p_sets: float, n_sets: int, holds: bool | None) -> None:
+    common = {"p": 0.1, "n_sets": n_sets, "n": 20, "p_sets": p_sets}
     rows = [
         {"what": "focal", "mean": -0.4, "low": -0.5, "high": -0.3, **common},
         {"what": "random", "mean": -0.1, "low": -0.2, "high": 0.0, **common},
@@ -144,7 +150,8 @@ def arm_row(**changes: Any) -> pd.Series:
         ({"low": 0.2, "high": 0.28}, False),
         ({"low": 0.2}, None),
         ({"share": 0.02}, False),
-        ({"perplexity_high": 1.04}, False),
+        ({"perplexity_high": 1.04}, None),
+        ({"perplexity_low": 1.04, "perplexity_high": 1.05}, False),
     ],
 )
 def test_the_aim_needs_gain_size_and_perplexity(changes: dict[str, float], holds: bool | None) -> None:
@@ -159,10 +166,10 @@ def test_compliance_without_conflict(low: float, high: float, holds: bool | None
 def test_neurons_and_scores() -> None:
     assert conflict_claims.neurons_stay(0.99, 46080, 0.95).holds is True
     assert conflict_claims.neurons_stay(0.75, 46080, 0.95).holds is False
-    before, after = {"mean": 2.0, "low": 1.8, "high": 2.2, "n": 9}, {"mean": 3.0, "low": 2.7, "high": 3.2, "n": 9}
-    assert conflict_claims.scores(before, after, "rule").holds is True
-    assert conflict_claims.scores(after, before, "rule").holds is False
-    assert conflict_claims.scores(before, before, "rule").holds is None
+    tasks, low, high = pd.Series(list("abcdef")), pd.Series([2.0, 2.5, 2.0, 1.5, 2.0, 2.0]), pd.Series([3.0] * 6)
+    assert conflict_claims.scores(low, high, tasks, "rule").holds is True
+    assert conflict_claims.scores(high, low, tasks, "rule").holds is False
+    assert conflict_claims.scores(low, low, tasks, "rule").holds is None
 
 
 # The arms' measures
@@ -205,3 +212,20 @@ def test_pairs_that_differ_cannot_be_compared() -> None:
 
 def _fewer(result: Result) -> Result:
     return Result(result.kind, result.frame[result.frame["pair"] != "p3"], result.columns, result.provenance)
+
+
+def test_an_interval_and_a_test_that_disagree_leave_it_open() -> None:
+    rows = [
+        {
+            "what": "rank correlation",
+            "value": 0.1,
+            "n": 30,
+            "p": 0.6,
+            "top": 7,
+            "expected": 0.0,
+            "low": 0.05,
+            "high": 0.2,
+        },
+        {"what": "shared top", "value": 2, "n": 30, "p": 0.1, "top": 7, "expected": 1.6, "low": np.nan, "high": np.nan},
+    ]
+    assert conflict_claims.same_layers(pd.DataFrame(rows), "layers").holds is None

@@ -89,8 +89,8 @@ def test_a_report_without_training_shows_what_was_trained(
     other = load_model(
         tiny_hf("llama", seed=5, vocab_size=260, max_position_embeddings=4096, num_hidden_layers=6), chat_tokenizer()
     )
-    assert conflict_arms.trained(tmp_path / "arms", "focal", model.fingerprint) is not None
-    assert conflict_arms.trained(tmp_path / "arms", "focal", other.fingerprint) is None
+    assert conflict_arms.trained(tmp_path / model.fingerprint / "arms", "focal", model.fingerprint) is not None
+    assert conflict_arms.trained(tmp_path / model.fingerprint / "arms", "focal", other.fingerprint) is None
 
 
 def test_a_model_without_chat_template_gets_one(model: Any, capsys: pytest.CaptureFixture) -> None:

@@ -56,7 +56,7 @@ class AlignSettings:
     epochs: float = 2.0
     batch_size: int = 4
     gradient_accumulation: int = 1
-    evaluations: int = 6
+    evaluations: int = 5
     patience: int = 3
     warmup: float = 0.1
     max_grad_norm: float = 1.0

@@ -172,6 +172,8 @@ def align(
         "validation": _digest(held_pairs),
     }
     provenance = Provenance.collect(model, seed=seed, parameters=parameters)
+    if credit == "attention" and not heads:
+        raise InputError("credit='attention' needs heads: the focal heads, (layer, head) pairs")
     folder = Path(out).absolute()
     done = open_run(folder, provenance)
     if done is not None:

@@ -285,7 +285,7 @@ def follow_summary(
     """
     frame = _follow_frame(result, by)
     rows = []
-    for key, group in frame.groupby([*by], observed=True, sort=False):
+    for key, group in frame.groupby([*by], observed=True, sort=False) if by else [((), frame)]:
         none = group[group["prompt"] == "none"]
         for name in PROMPTS:
             some = group[group["prompt"] == name]

@@ -65,7 +65,7 @@ class ApiJudge:
 
     Example:
         >>> judge = ApiJudge("https://api.openai.com/v1", "gpt-4.1-mini", cache="judged")   # doctest: +SKIP
-        >>> score(judge, queries, out="scores")                                             # doctest: +SKIP
+        >>> cras(judge, queries, out="scores")                                             # doctest: +SKIP
     """
 
     base_url: str

@@ -37,9 +37,9 @@ def cras_summary(
     """CRAS and the mean of each dimension, with bootstrap intervals over tasks.
 
     Args:
-        result: what `score` gave.
+        result: what `cras` gave.
         by: columns to group by, of family, system_rule, user_rule, prompt, setting, wording, model; () for all together.
-        weights: as for `score`; by default those of the result.
+        weights: as for `cras`; by default those of the result.
         out_of_range: "refuse" to average a judge that answered out of range, or "drop" the answers concerned.
         n_resamples, level, seed: of the bootstrap.
 

@@ -98,6 +98,9 @@ def encode_dialogue(model: Model, dialogue: Sequence[Turn], *, template: str | N
     text, pieces = render(model, dialogue, template=template)
     encoding = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+    if template is not None and _adds_bos(model.tokenizer) and ids[:1] != [model.tokenizer.bos_token_id]:
+        # The model's own template writes its special tokens itself; others know nothing of them.
+        ids, offsets = [model.tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
     limit = model.arch.n_positions
     if limit is not None and len(ids) > limit:
         raise InputError(
@@ -105,7 +108,9 @@ def encode_dialogue(model: Model, dialogue: Sequence[Turn], *, template: str | N
         )
     kinds = ["template"] * len(ids)
     for at, (start, end) in enumerate(offsets):
-        shares = {kind: max(0, min(end, last) - max(start, first)) for kind, first, last in pieces}
+        shares: dict[str, int] = {}
+        for kind, first, last in pieces:  # a dialogue may have several pieces of a kind
+            shares[kind] = shares.get(kind, 0) + max(0, min(end, last) - max(start, first))
         best = max(shares, key=lambda kind: shares[kind], default="other")
         if shares.get(best, 0) > 0 and best != "other":
             kinds[at] = best
@@ -116,6 +121,11 @@ def encode_dialogue(model: Model, dialogue: Sequence[Turn], *, template: str | N
             f"no token belongs to the {_named(lost[0])}; it is too short to be told apart from its neighbours"
         )
     return Encoded(tuple(ids), {span: tuple(at for at, kind in enumerate(kinds) if kind == span) for span in SPANS})
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
 
 
 def render(

@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from interp.conflict.answers import Answer, generate_answers
-from interp.conflict.dialogues import TEMPLATES, Dialogue, encode_dialogue
+from interp.conflict.dialogues import Dialogue, encode_dialogue
 from interp.conflict.pairs import Pair
 from interp.conflict.preference_table import (
     KIND,
@@ -55,7 +55,7 @@ def make_preferences(
     pairs: Sequence[Pair],
     *,
     keep_consistent: float = 0.25,
-    max_answer_tokens: int = 48,
+    max_answer_tokens: int = 64,
     template: str | None = None,
     max_tokens: int = 4096,
     out: str | Path | None = None,
@@ -98,7 +98,7 @@ def make_preferences(
         "pairs": hashlib.sha256(repr([(pair.id, pair.prompts) for pair in pairs]).encode()).hexdigest()[:16],
         "keep_consistent": keep_consistent,
         "max_answer_tokens": max_answer_tokens,
-        "template": template if template is None or template in TEMPLATES else "given",
+        "template": template,
     }
     provenance = Provenance.collect(model, parameters=parameters)
     chunks = {f"pairs-{at:05d}": wanted[at : at + _CHUNK] for at in range(0, len(wanted), _CHUNK)}

@@ -11,7 +11,7 @@ these and a JSON Lines file of wordings (`interp.conflict.wordings`):
     interp.conflict.register(Rhyme(), "rhyme.jsonl")
 
 The eight families here are those of FocalLoRA's released data (public code of the group of Wan et al., arXiv 2509.23188), with
-bounds that answers of some sixty tokens can meet: ten and thirty words for its 50 and 300, one sentence and four for its ten
+bounds that answers of some sixty tokens can meet: ten and thirty words for its 50 and 300, one sentence and three for its ten
 and five.
 """
 
@@ -114,19 +114,23 @@ def check_rule(family: Family, rule: str) -> None:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text, ends included; what follows the last end is one more.
+    """Sentences of a text, ends included; what follows the last end is one more, and so is every line and list item.
 
     Example:
         >>> sentences("It rains. Dr. No is 3.5 m tall! Yes")
         ['It rains.', 'Dr. No is 3.5 m tall!', 'Yes']
     """
-    guarded = _ABBREVIATION.sub(lambda found: found.group().replace(".", "\0"), " ".join(text.split()))
-    parts = re.split(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=\S)", guarded)
-    return [part.replace("\0", ".") for part in parts if any(char.isalnum() for char in part)]
+    found = []
+    for line in text.splitlines():
+        bare = " ".join(_MARKER.sub("", line).split())
+        guarded = _ABBREVIATION.sub(lambda match: match.group().replace(".", "\0"), bare)
+        found += re.split(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=\S)", guarded)
+    return [part.replace("\0", ".") for part in found if any(char.isalnum() for char in part)]
 
 
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|No|approx)\.(?=\s)|(?<=\b[A-Z])\.(?=\s)")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_MARKER = re.compile(r"^\s*(?:(?:\d{1,2}[.)]|[-*•#>]+)\s+)+")
 _ITEM = re.compile(r"^[ \t]*(?:\d{1,2}[.)]|[-*•])[ \t]+\S", re.MULTILINE)
 _NUMBERED = re.compile(r"^[ \t]*(\d{1,2})[.)][ \t]+\S", re.MULTILINE)
 _QUOTES = '"“”„«»'
@@ -289,7 +293,7 @@ def _first_words(answer: str) -> str | None:
     return " ".join(some[:FEW_WORDS]) + "."
 
 
-FEW_WORDS, MANY_WORDS, SEVERAL_SENTENCES, SOME_DIGITS = 10, 30, 4, 3
+FEW_WORDS, MANY_WORDS, SEVERAL_SENTENCES, SOME_DIGITS = 10, 30, 3, 3
 
 _FAMILIES: dict[str, Family] = {
     family.name: family

@@ -174,3 +174,25 @@ def test_a_rule_that_shares_its_only_token_is_refused(embedded: Model) -> None:
         encode_dialogue(
             model, turns(rule="U"), template="{% for message in messages %}{{ message['content'] }}|{% endfor %}"
         )
+
+
+def test_several_pieces_of_a_kind_are_all_found(model: Model) -> None:
+    twice = (
+        Turn("user", (("task", TASK), ("other", " "), ("user_rule", RULE), ("other", " "), ("task", "And the sun."))),
+    )
+    encoded = encode_dialogue(model, twice)
+    assert model.decode([encoded.ids[at] for at in encoded.spans["task"]]) == f"{TASK}And the sun."
+
+
+def test_a_named_template_begins_as_the_tokenizer_does() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model = chat_tiny(template=None)
+    model.tokenizer.bos_token = "<pad>"
+    begins = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", model.tokenizer.bos_token_id)])
+    model.tokenizer._tokenizer.post_processor = begins
+    assert model.encode("a")[0][0] == model.tokenizer.bos_token_id
+    encoded = encode_dialogue(model, turns(), template="plain")
+    assert encoded.ids[0] == model.tokenizer.bos_token_id
+    assert encoded.spans["sink"] == (0,)
+    assert model.decode([encoded.ids[at] for at in encoded.spans["system_rule"]]) == RULE
