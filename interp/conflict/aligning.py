@@ -173,7 +173,7 @@ def align(
     }
     provenance = Provenance.collect(model, seed=seed, parameters=parameters)
     if credit == "attention" and not heads:
-        raise InputError("credit='attention' needs heads: the focal heads, (layer, head) pairs")
+        raise InputError("credit='attention' needs the focal heads: give heads, (layer, head) pairs")
     folder = Path(out).absolute()
     done = open_run(folder, provenance)
     if done is not None:

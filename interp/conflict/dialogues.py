@@ -151,12 +151,16 @@ def render(
             if kind != "other" and not piece.strip():
                 raise InputError(f"an empty {_named(kind)} in the {turn.role} turn")
     text = _apply(model, dialogue, template)
+    openings = _openings(model, dialogue, template)
     found: list[tuple[str, int, int]] = []
     at = 0
     ends: list[int] = []
-    for turn in dialogue:
+    for number, turn in enumerate(dialogue):
         if found and turn.pieces:
             ends.append(found[-1][2])
+        if openings is not None:
+            opening = text.find(openings[number], at)
+            at = opening + len(openings[number]) if opening >= 0 else at
         for kind, piece in turn.pieces:
             wanted = piece.strip()
             if not wanted:
@@ -176,6 +180,24 @@ def render(
             f"{text[max(0, merged[0] - 30) : merged[0]]!r} and the next; give template='chatml', 'plain' or a template of yours"
         )
     return text, found
+
+
+def _openings(model: Model, dialogue: Sequence[Turn], template: str | None) -> list[str] | None:
+    """What the template writes before each turn's text, so that a piece is not found in the template's own words.
+
+    Read off a rendering with marks for texts; `None` where the template loses or doubles a mark.
+    """
+    marks = [f"\ue000{number}\ue001" for number in range(len(dialogue))]
+    marked = [Turn(turn.role, (("other", mark),)) for turn, mark in zip(dialogue, marks, strict=True)]
+    rest, openings = _apply(model, marked, template), []
+    if any(rest.count(mark) != 1 for mark in marks):
+        return None
+    for mark in marks:
+        opening, found, rest = rest.partition(mark)
+        if not found:
+            return None
+        openings.append(opening)
+    return openings
 
 
 def _apply(model: Model, dialogue: Sequence[Turn], template: str | None) -> str:

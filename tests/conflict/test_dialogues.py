@@ -61,6 +61,14 @@ def test_any_text_keeps_its_place(rule: str, task: str, other: str) -> None:
         assert found.strip() == text.strip()
 
 
+@pytest.mark.parametrize("rule", ["s", "|", "<", "user", "\n system", "im_end"])
+def test_pieces_are_not_found_in_the_templates_own_words(model: Model, rule: str) -> None:
+    whole = encode_dialogue(model, turns(f"{rule}{RULE}"))
+    short = encode_dialogue(model, turns(rule))
+    assert short.spans["system_rule"][0] == whole.spans["system_rule"][0]
+    assert model.decode([short.ids[at] for at in short.spans["system_rule"]]).strip() == rule.strip()
+
+
 def test_the_same_text_in_two_turns_is_found_in_both(model: Model) -> None:
     encoded = encode_dialogue(model, turns(RULE, TASK, RULE))
     assert len(encoded.spans["system_rule"]) == len(encoded.spans["user_rule"]) == len(RULE)
