@@ -79,6 +79,7 @@ def train_arm(
         credit=credit,
         rank=arm.rank,
         lora_alpha=arm.lora_alpha,
+        measured=out / "measured",  # the reference model is the same in every arm
         **settings,
     )
     return out / folder_name(name) / "adapter"
