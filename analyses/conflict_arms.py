@@ -190,8 +190,9 @@ def table(
     Returns:
         arm, layers, share (of the parameters that are trained), families, conflict, conflict_low, conflict_high (share of
         answers under conflict that obey the system's rule), change, low, high (against the untrained model, pair by pair),
-        user_wins, agree_change, agree_low, agree_high (without conflict), system_change, system_low, system_high (rule in the
-        system turn alone), perplexity, perplexity_low, perplexity_high (ratio to the untrained model's), same_top, n (pairs).
+        agree_change, agree_low, agree_high (without conflict), system_change, system_low, system_high (rule in the system turn
+        alone), user_wins, undecided, loops (of the answers under conflict, see `follow_summary`), perplexity, perplexity_low,
+        perplexity_high (ratio to the untrained model's), same_top, n (pairs).
     """
     rows = []
     for name, (answers, prose) in {"untrained": base, **found}.items():
@@ -209,7 +210,8 @@ def table(
             for prompt, prefix in (("conflict", ""), ("agree", "agree_"), ("system", "system_")):
                 mean, low, high = change(answers, base[0], families, prompt)
                 row |= {f"{prefix}change": mean, f"{prefix}low": low, f"{prefix}high": high}
-            row |= {"user_wins": under["obeys_user"].mean()}
+            row |= {"user_wins": under["obeys_user"].mean(), "undecided": 1 - under["decided"].mean()}
+            row |= {"loops": under["loops"].mean()}
             row |= dict(zip(("perplexity", "perplexity_low", "perplexity_high"), ratio, strict=True))
             rows.append(row | {"same_top": _weighted(prose, "same_top"), "n": len(under)})
     return pd.DataFrame(rows)

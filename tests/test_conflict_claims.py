@@ -33,6 +33,7 @@ def answers(conflict: Any, agree: Any = None, setting: str = "user", family: str
                     },
                     **{"n_tokens": 1, "finished": True, "obeys_system": bool(passed), "obeys_user": not passed},
                     "reason": "",
+                    **{"decided": True, "loops": False},
                 }
             )
     return Result("conflict.follow", pd.DataFrame(rows), FOLLOW_COLUMNS, Provenance())

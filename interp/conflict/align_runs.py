@@ -27,6 +27,9 @@ HISTORY_COLUMNS = (
     ),
     Column("accuracy", "float64", "share", "of pairs with a margin above 0"),
     Column("chosen_reward", "float64", "nats", "β Σ c_t d_t of the chosen answer"),
+    Column(
+        "chosen_nll", "float64", "nats", "negative log-probability of a token of the chosen answer, mean over pairs"
+    ),
     Column("rejected_reward", "float64", "nats", "the same of the rejected answer"),
     Column("learning_rate", "float64", "", "of the step; missing for validation"),
     Column("grad_norm", "float64", "", "of the step, before clipping; missing for validation"),
@@ -71,6 +74,7 @@ class TrainingPlan:
         targets: full names of the matrices that get an adapter.
         rank, lora_alpha: of LoRA.
         beta: of the loss.
+        likelihood: weight of the chosen answer's own loss beside it.
         n_steps: optimiser steps.
         every: steps between validations and checkpoints.
         seed: of the adapter's first values and of the order of pairs.
@@ -81,6 +85,7 @@ class TrainingPlan:
     rank: int
     lora_alpha: float
     beta: float
+    likelihood: float
     n_steps: int
     every: int
     seed: int
@@ -148,7 +153,7 @@ def history_frame(entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
         split, prefix = ("validation", "eval_") if "eval_loss" in entry else ("train", "")
         if f"{prefix}loss" not in entry:
             continue
-        names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward")
+        names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_nll")
         row = {name: float(entry[prefix + name]) for name in names}
         row |= {name: float(entry.get(name, "nan")) for name in ("learning_rate", "grad_norm")}
         rows.append(

@@ -75,6 +75,7 @@ def align(
     credit: str = "reward",
     alpha: float = 0.5,
     beta: float = 0.1,
+    likelihood: float = 0.0,
     reward_model: Model | RewardModel | None = None,
     rank: int = 8,
     lora_alpha: float = 16.0,
@@ -104,6 +105,8 @@ def align(
         heads: focal heads, for credit "attention".
         credit: "reward" (released loss), "attention" (the abstract's), or "none" (plain DPO).
         alpha, beta: of the loss.
+        likelihood: weight of the chosen answer's own loss per token beside it, see `interp.conflict.sail_loss.chosen_nll`; 0
+            in the published loss.
         reward_model: of credit "reward", see `interp.conflict.credits`.
         rank, lora_alpha: of LoRA; its scale is lora_alpha / rank.
         preset: "laptop" or "gpu": an `AlignSettings`; the next arguments change one of its entries.
@@ -153,13 +156,14 @@ def align(
         raise InputError(f"{len(shared)} prompts are both in preferences and in validation; split by task")
     n_steps = _n_steps(settings, max_steps, len(train_pairs))
     every = checkpoint_steps or max(1, math.ceil(n_steps / settings.evaluations))
-    plan = TrainingPlan(settings, targets, rank, lora_alpha, beta, n_steps, every, seed)
+    plan = TrainingPlan(settings, targets, rank, lora_alpha, beta, likelihood, n_steps, every, seed)
     parameters = {
         "layers": list(chosen),
         "heads": None if heads is None else [list(head) for head in heads],
         "credit": credit,
         "alpha": alpha,
         "beta": beta,
+        "likelihood": likelihood,
         "reward_model": _named(reward_model),
         "rank": rank,
         "lora_alpha": lora_alpha,

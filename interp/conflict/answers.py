@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from interp.conflict.dialogues import Dialogue, encode_dialogue
 from interp.conflict.pairs import PROMPTS, Pair, make_pair
-from interp.conflict.verifiers import family
+from interp.conflict.verifiers import family, repeats
 from interp.conflict.wordings import read_tasks, tasks
 from interp.errors import InputError
 from interp.intervals import bootstrap_mean_clustered
@@ -45,6 +45,8 @@ FOLLOW_COLUMNS = (
     Column("finished", "bool", "", "whether it ended by itself"),
     Column("obeys_system", "bool", "", "whether it passes the verifier of rule A"),
     Column("obeys_user", "bool", "", "whether it passes the verifier of rule A′"),
+    Column("decided", "bool", "", "False where a cut-off answer fails rule A only for what it might still have said"),
+    Column("loops", "bool", "", "whether it repeats itself: fewer than half of its word trigrams differ"),
     Column("reason", "str", "", "what the verifier of rule A says"),
 )
 
@@ -258,6 +260,8 @@ def _rows(pairs: Sequence[Pair], prompts: Sequence[str], answers: Sequence[Seque
                     "finished": answer.finished,
                     "obeys_system": ours.passed,
                     "obeys_user": theirs.passed,
+                    "decided": ours.decided,
+                    "loops": repeats(answer.text),
                     "reason": ours.reason,
                 }
             )
@@ -276,9 +280,11 @@ def follow_summary(
 
     Returns:
         The columns of `by`, prompt, obeys_system, low, high (share of answers that pass the verifier of the system's rule,
-        with an interval over tasks), obeys_user (share that pass the opposite rule's), n (answers), n_tasks, and, where the
-        prompt "none" was asked, above_none, above_low, above_high: how many more answers obey than without any rule, task by
-        task. A rule is followed at all where above_low of the prompt "user" is above 0.
+        with an interval over tasks), obeys_user (share that pass the opposite rule's), undecided (share that were cut off before
+        the system's rule was decided; they count as not obeying), loops (share that repeat themselves, whether they obey or
+        not), n (answers), n_tasks, and, where the prompt "none" was asked, above_none, above_low, above_high: how many more
+        answers obey than without any rule, task by task. A rule is followed at all where above_low of the prompt "user" is
+        above 0.
 
     Raises:
         InputError: another kind of result, or no such column.
@@ -294,6 +300,7 @@ def follow_summary(
             low, high = share_interval(some["obeys_system"], some["task"], n_resamples=n_resamples, seed=seed)
             row = dict(zip(by, key, strict=True)) | {"prompt": name, "obeys_system": some["obeys_system"].mean()}
             row |= {"low": low, "high": high, "obeys_user": some["obeys_user"].mean()}
+            row |= {"undecided": 1 - some["decided"].mean(), "loops": some["loops"].mean()}
             row |= {"n": len(some), "n_tasks": some["task"].nunique(), "above_none": np.nan}
             row |= {"above_low": np.nan, "above_high": np.nan}
             if len(none):
@@ -339,7 +346,7 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
         family, rule, none, system, user, conflict (share of answers that obey the rule under each prompt, the rule being the
         system's in "system" and "conflict"), followed (above_low of the prompt "user" is above 0: obeyed more often than
         without any rule), heard (the same for "system"), other_wins (share of answers under conflict that obey the opposite
-        rule), n.
+        rule), undecided, loops (of the answers under conflict: see `follow_summary`), n.
 
     Raises:
         InputError: another kind of result, or prompts that were not asked.
@@ -354,7 +361,8 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
         shares = by_prompt["obeys_system"]
         row = {"family": name, "rule": rule} | {key: shares[key] for key in ("none", "system", "user", "conflict")}
         row |= {"followed": by_prompt["above_low"]["user"] > 0, "heard": by_prompt["above_low"]["system"] > 0}
-        rows.append(row | {"other_wins": by_prompt["obeys_user"]["conflict"], "n": by_prompt["n"]["conflict"]})
+        row |= {"other_wins": by_prompt["obeys_user"]["conflict"], "undecided": by_prompt["undecided"]["conflict"]}
+        rows.append(row | {"loops": by_prompt["loops"]["conflict"], "n": by_prompt["n"]["conflict"]})
     return pd.DataFrame(rows)
 
 

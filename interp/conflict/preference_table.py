@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -64,16 +65,20 @@ def read_preferences(result: Result) -> list[Preference]:
     Raises:
         InputError: a result of another kind, or one without a single usable row.
     """
-    if not isinstance(result, Result) or result.kind != KIND:
-        raise InputError(
-            f"{getattr(result, 'kind', type(result).__name__)!r} are no preferences; give what make_preferences gave"
-        )
+    _check_kind(result)
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "clear_ids", "rule_positions")
     rows = result.frame[result.frame["used"]]
     if rows.empty:
         raise InputError("no preference pair is usable: for none both answers were found; see counts(preferences)")
     ids = (([int(token) for token in text.split()] for text in rows[name]) for name in names)
     return [Preference(name, *(tuple(some) for some in row)) for name, *row in zip(rows["id"], *ids, strict=True)]
+
+
+def _check_kind(result: Result) -> None:
+    if not isinstance(result, Result) or result.kind != KIND:
+        raise InputError(
+            f"{getattr(result, 'kind', type(result).__name__)!r} are no preferences; give what make_preferences gave"
+        )
 
 
 def counts(result: Result) -> pd.DataFrame:
@@ -92,6 +97,28 @@ def counts(result: Result) -> pd.DataFrame:
     table = by[["n_used", "n_rewritten", "n_no_chosen", "n_no_rejected"]].sum()
     table.insert(0, "n", by.size())
     return table.reset_index()
+
+
+def balanced(result: Result) -> Result:
+    """The same pairs, of which both rules of a family use equally many per prompt: as many as the rarer rule has.
+
+    Answers that obey are rarer for one rule than for its opposite ("three sentences or more" than "one sentence"), and what is
+    trained on them would favour the other. Kept are rows spread evenly over the table; the rest says `used` = False.
+
+    Raises:
+        InputError: a result of another kind.
+    """
+    _check_kind(result)
+    frame = result.frame.reset_index(drop=True)
+    used = frame["used"].to_numpy().copy()
+    for _, group in frame[used].groupby(["family", "prompt"], observed=True):
+        by_rule = group.groupby("system_rule", observed=True).groups
+        rules = {rule for pair in zip(group["system_rule"], group["user_rule"], strict=True) for rule in pair}
+        least = min(len(by_rule.get(rule, ())) for rule in rules)
+        for rows in by_rule.values():
+            kept = {int(rows[at * len(rows) // least]) for at in range(least)}
+            used[[int(row) for row in rows if int(row) not in kept]] = False
+    return dataclasses.replace(result, frame=frame.assign(used=used))
 
 
 def tokenizer_hash(model: Model) -> str:

@@ -35,7 +35,7 @@ from interp.conflict.preference_table import (
     read_preferences,
     tokenizer_hash,
 )
-from interp.conflict.verifiers import family, sentences, words
+from interp.conflict.verifiers import family, repeats, sentences
 from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
@@ -43,7 +43,6 @@ from interp.results import Result
 from interp.shards import ShardedRun
 
 __all__ = ["PREFERENCE_COLUMNS", "Preference", "counts", "make_preferences", "read_preferences", "repeats"]
-DISTINCT_TRIGRAMS = 0.5
 _CHUNK = 48  # prompts that are worked on together
 
 # (pair, "conflict" or "agree")
@@ -119,18 +118,6 @@ def make_preferences(
     provenance = Provenance.collect(model, parameters=parameters, wall_time=time.perf_counter() - start)
     frame = pd.concat(frames, ignore_index=True)
     return Result(KIND, frame, PREFERENCE_COLUMNS, provenance, attachments)
-
-
-def repeats(text: str) -> bool:
-    """Whether an answer loops: fewer than half of its word trigrams differ.
-
-    Example:
-        >>> repeats("the cat and " * 9), repeats("A cat sat on the mat and looked at the old dog.")
-        (True, False)
-    """
-    some = words(text.lower())
-    trigrams = list(zip(some, some[1:], some[2:], strict=False))
-    return len(trigrams) > 0 and len(set(trigrams)) < DISTINCT_TRIGRAMS * len(trigrams)
 
 
 def _wanted(pairs: Sequence[Pair], keep_consistent: float) -> list[_Wanted]:

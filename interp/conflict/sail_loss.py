@@ -74,6 +74,23 @@ def sail_loss(log_probs: Tensor, reference: Tensor, factors: Tensor, mask: Tenso
     return PairLosses(-logsigmoid(chosen - rejected), chosen.detach(), rejected.detach())
 
 
+def chosen_nll(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """(pair,) mean negative log-probability of a token of the chosen response, nats: the term that `likelihood` weighs.
+
+    A margin can also grow while both responses become less likely; this term asks for the chosen one itself (Pang et al.,
+    "Iterative Reasoning Preference Optimization", arXiv 2404.19733, section 2).
+
+    Args:
+        log_probs, mask: as in `sail_loss`.
+
+    Example:
+        >>> chosen_nll(torch.tensor([[-1.0, -3.0], [-9.0, -9.0]]), torch.ones(2, 2).bool())
+        tensor([2.])
+    """
+    log_probs, mask = log_probs.float().chunk(2)[0], mask.chunk(2)[0]
+    return -torch.where(mask, log_probs, 0.0).sum(1) / mask.sum(1)
+
+
 def reward_factors(rewards: np.ndarray, alpha: float, chosen: bool) -> np.ndarray:
     """c_t of credit "reward".
 

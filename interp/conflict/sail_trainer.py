@@ -28,7 +28,7 @@ import torch
 from interp.batching import is_out_of_memory
 from interp.conflict.align_runs import MARK, AlignSettings, TrainingPlan, last_checkpoint
 from interp.conflict.credits import CreditedPair
-from interp.conflict.sail_loss import sail_loss
+from interp.conflict.sail_loss import chosen_nll, sail_loss
 from interp.conflict.shared_prompts import AnswerPairs, answer_log_probs, pad_pairs
 from interp.errors import MemoryBudgetError
 from interp.model import Model
@@ -142,6 +142,7 @@ def build_trainer(
             processing_class=copy.deepcopy(model.tokenizer),  # trl writes its pad token
             peft_config=lora,
         )
+    trainer.likelihood = plan.likelihood
     trainer.model.peft_config["default"].base_model_name_or_path = model.name
     trainer.processing_class = None  # not needed in every checkpoint
     trainer.accelerator.device_placement = False
@@ -179,6 +180,11 @@ def train(
     if checkpoint is not None:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         trainer.earlier_seconds = max((entry.get("seconds", 0.0) for entry in state["log_history"]), default=0.0)
+        stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+        if stopping.get("early_stopping_patience_counter", 0) >= plan.settings.patience:
+            trainer.args.max_steps = int(
+                state["global_step"]
+            )  # it had stopped when it was killed: only its best is loaded
     trainer.started = time.perf_counter()
     noisy = logging.getLogger("transformers.trainer_utils")  # warns of file systems' clocks at every checkpoint
     level = noisy.level
@@ -207,6 +213,7 @@ def trainer_class() -> Any:
     class SailTrainer(DPOTrainer):
         """See the module."""
 
+        likelihood = 0.0
         earlier_seconds = 0.0
         started = 0.0
 
@@ -235,15 +242,17 @@ def trainer_class() -> Any:
                 self.beta,
             )
             margin = losses.chosen - losses.rejected
+            unlikely = chosen_nll(log_probs, pairs.answer_mask.to(there))
             metrics = self._metrics["train" if training else "eval"]
             for name, values in (
                 ("chosen_reward", losses.chosen),
                 ("rejected_reward", losses.rejected),
                 ("margin", margin),
                 ("accuracy", (margin > 0).float()),
+                ("chosen_nll", unlikely.detach()),
             ):
                 metrics[name].extend(values.tolist())  # by pair: a short last batch weighs less
-            loss = losses.loss.mean()
+            loss = (losses.loss + self.likelihood * unlikely).mean()
             return (loss, {}) if return_outputs else loss
 
         def floating_point_ops(self, inputs: dict[str, Any]) -> int:

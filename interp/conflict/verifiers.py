@@ -28,10 +28,17 @@ from interp.errors import InputError
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer obeys a rule, and why not or how."""
+    """Whether an answer obeys a rule, and why not or how.
+
+    Attributes:
+        passed: whether it obeys, as far as it goes.
+        reason: in words.
+        decided: False where a cut-off answer fails only for what it might still have said.
+    """
 
     passed: bool
     reason: str
+    decided: bool = True
 
 
 @runtime_checkable
@@ -89,7 +96,7 @@ class CheckedFamily:
         """
         check_rule(self, rule)
         if not any(char.isalnum() for char in answer):
-            return Verdict(False, "no letter and no digit")
+            return Verdict(False, "no letter and no digit", decided=finished)
         return self.checks[rule](answer.strip(), finished)
 
     def rewrite(self, rule: str, answer: str) -> str | None:
@@ -146,6 +153,18 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+def repeats(text: str) -> bool:
+    """Whether an answer loops: fewer than half of its word trigrams differ.
+
+    Example:
+        >>> repeats("the cat and " * 9), repeats("A cat sat on the mat and looked at the old dog.")
+        (True, False)
+    """
+    some = words(text.lower())
+    trigrams = list(zip(some, some[1:], some[2:], strict=False))
+    return len(trigrams) > 0 and len(set(trigrams)) < DISTINCT_TRIGRAMS * len(trigrams)
+
+
 def _all_letters(upper: bool) -> Check:
     name = "capital" if upper else "small"
 
@@ -162,7 +181,8 @@ def _all_letters(upper: bool) -> Check:
 def _digits(least: int, most: int | None) -> Check:
     def check(answer: str, finished: bool) -> Verdict:
         n = sum(char.isdigit() for char in answer)
-        return Verdict(n >= least and (most is None or n <= most), f"{n} digits")
+        passed = n >= least and (most is None or n <= most)
+        return Verdict(passed, f"{n} digits", decided=finished or n >= least)
 
     return check
 
@@ -185,7 +205,7 @@ def _json(answer: str, finished: bool) -> Verdict:
     try:
         value = json.loads(fenced.group(1) if fenced else answer)
     except ValueError as error:
-        return Verdict(False, f"no JSON: {error}")
+        return Verdict(False, f"no JSON: {error}", decided=finished or not answer.startswith(("{", "```")))
     if not isinstance(value, dict):
         return Verdict(False, f"JSON, and no object: {type(value).__name__}")
     return Verdict("answer" in value, "a JSON object" + ("" if "answer" in value else ' without the key "answer"'))
@@ -223,8 +243,11 @@ def _language(french: bool) -> Check:
 
 def _numbered(answer: str, finished: bool) -> Verdict:
     numbers = [int(number) for number in _NUMBERED.findall(answer)]
-    passed = len(numbers) >= 2 and numbers == list(range(1, len(numbers) + 1)) and bool(_NUMBERED.match(answer))
-    return Verdict(passed, f"items numbered {numbers[:8]}" if numbers else "no numbered items")
+    started = bool(_NUMBERED.match(answer)) and numbers == list(range(1, len(numbers) + 1))
+    passed = started and len(numbers) >= 2
+    begun = started or answer in ("1", "1.", "1)")
+    reason = f"items numbered {numbers[:8]}" if numbers else "no numbered items"
+    return Verdict(passed, reason, decided=finished or passed or not begun)
 
 
 def _paragraph(answer: str, finished: bool) -> Verdict:
@@ -248,7 +271,7 @@ def _quoted(answer: str, finished: bool) -> Verdict:
     pairs = {'"': '"', "“": "”", "«": "»", "„": "“"}
     closed = len(answer) > 2 and answer[-1] == pairs.get(answer[0])
     if not closed and not finished and answer[0] in pairs:
-        return Verdict(False, "opened, and cut off before it was closed")
+        return Verdict(False, "opened, and cut off before it was closed", decided=False)
     return Verdict(closed, "begins and ends with quotation marks" if closed else "not wholly within quotation marks")
 
 
@@ -266,8 +289,8 @@ def _sentences(least: int, most: int | None) -> Check:
         n = len(sentences(answer))
         too_many = most is not None and n > most
         if most is not None and not finished and not too_many:
-            return Verdict(False, f"cut off after {n} sentences: not known to end in time")
-        return Verdict(n >= least and not too_many, f"{n} sentences")
+            return Verdict(False, f"cut off after {n} sentences: not known to end in time", decided=False)
+        return Verdict(n >= least and not too_many, f"{n} sentences", decided=finished or n >= least)
 
     return check
 
@@ -277,8 +300,8 @@ def _words(least: int, most: int | None) -> Check:
         n = len(words(answer))
         too_many = most is not None and n > most
         if most is not None and not finished and not too_many:
-            return Verdict(False, f"cut off after {n} words: not known to end in time")
-        return Verdict(n >= least and not too_many, f"{n} words")
+            return Verdict(False, f"cut off after {n} words: not known to end in time", decided=False)
+        return Verdict(n >= least and not too_many, f"{n} words", decided=finished or n >= least)
 
     return check
 
@@ -293,6 +316,7 @@ def _first_words(answer: str) -> str | None:
     return " ".join(some[:FEW_WORDS]) + "."
 
 
+DISTINCT_TRIGRAMS = 0.5
 FEW_WORDS, MANY_WORDS, SEVERAL_SENTENCES, SOME_DIGITS = 10, 30, 3, 3
 
 _FAMILIES: dict[str, Family] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -244,13 +245,37 @@ def test_resumed_after_an_interruption_gives_the_same_adapter(
         align(model, [*TRAIN[1:], *planted(1, "t")], [1], **options)
 
 
-def test_early_stopping_keeps_the_best(model: Any, tmp_path: Path) -> None:
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_early_stopping_keeps_the_best(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that wants the opposite: it can only get worse, so the first checkpoint stays."""
+    from transformers import TrainerCallback
+
     opposite = [
         Preference(f"o{at}", item.prompt, item.rejected, item.chosen, item.clear, item.rule_positions)
         for at, item in enumerate(HELD)
     ]
-    made = align(model, TRAIN, [1], out=tmp_path / "run", validation=opposite, credit="none", patience=2, **QUICK)
+    options: dict[str, Any] = {
+        "out": tmp_path / "run",
+        "validation": opposite,
+        "credit": "none",
+        "patience": 2,
+        **QUICK,
+    }
+    # Killed after it stopped and before it was saved: what goes on is the saving alone
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(aligning, "save_adapter", interrupt)
+        align(model, TRAIN, [1], **options)
+    steps: list[int] = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            steps.append(state.global_step)
+
+    made = align(model, TRAIN, [1], callbacks=[Counts()], **options)
+    assert not steps
     validation = made.frame[made.frame["split"] == "validation"]
     assert validation["step"].tolist() == [2, 4, 6]
     assert made.attachments["stopped_early"]
@@ -438,6 +463,7 @@ def test_left_as_it_was_puts_everything_back(model: Any) -> None:
 
 def test_history_of_what_a_trainer_logs() -> None:
     numbers = {"margin": 0.1, "accuracy": 0.5, "chosen_reward": 0.2, "rejected_reward": 0.1}
+    numbers |= {"chosen_nll": 1.5}
     entries = [
         {"step": 1, "epoch": 0.5, "loss": 0.7, "learning_rate": 0.1, "grad_norm": 2.0, "seconds": 1.0, **numbers},
         {"step": 1, "epoch": 0.5, "eval_loss": 0.6, "seconds": 2.0, **{f"eval_{k}": v for k, v in numbers.items()}},
@@ -449,11 +475,18 @@ def test_history_of_what_a_trainer_logs() -> None:
     assert frame["learning_rate"].isna().tolist() == [False, True]
 
 
-def test_presets_are_as_documented() -> None:
-    assert set(PRESETS) == {"laptop", "gpu"}
-    settings = PRESETS["laptop"]
-    # 250 pairs: what eight arms can afford on two cores
-    assert aligning._n_steps(settings, None, 250) * settings.batch_size * settings.gradient_accumulation <= 800
+@pytest.mark.parametrize(
+    ("n_pairs", "batch_size", "gradient_accumulation", "epochs", "steps"),
+    [(250, 4, 1, 2.0, 126), (250, 4, 2, 2.0, 64), (5, 4, 1, 0.5, 1), (9, 4, 4, 1.0, 1)],
+)
+def test_steps_of_a_schedule(
+    n_pairs: int, batch_size: int, gradient_accumulation: int, epochs: float, steps: int
+) -> None:
+    settings = dataclasses.replace(
+        PRESETS["laptop"], epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation
+    )
+    assert aligning._n_steps(settings, None, n_pairs) == steps
+    assert aligning._n_steps(settings, 3, n_pairs) == 3
 
 
 def test_a_result_is_saved_beside_the_adapter(whole: tuple[Path, Any]) -> None:

@@ -141,8 +141,9 @@ def frame(rows: list[tuple[str, str, str, str, bool, bool]]) -> Result:
                 "n_tokens": 1,
             },
             **{"finished": True, "obeys_system": ours, "obeys_user": theirs, "reason": ""},
+            **{"decided": ours or at % 4 > 0, "loops": at % 5 == 0},
         }
-        for name, rule, task, prompt, ours, theirs in rows
+        for at, (name, rule, task, prompt, ours, theirs) in enumerate(rows)
     ]
     return Result("conflict.follow", pd.DataFrame(made), FOLLOW_COLUMNS, Provenance())
 
@@ -165,8 +166,12 @@ def test_shares_by_hand() -> None:
     assert 0.1 <= table.loc["user", "above_low"] <= 0.3
     assert table.loc["system", ["above_none", "above_low", "above_high"]].tolist() == [0, 0, 0]
     assert table.loc["conflict", "obeys_user"] == 0.7
+    # Rows of a prompt are every fourth one; the conflict's are 3, 7, 11 …, the first prompt's 0, 4, 8 …
+    assert table["undecided"].to_dict() == {"none": 0.5, "system": 0, "user": 0, "conflict": 0}
+    assert table["loops"].to_dict() == dict.fromkeys(("none", "system", "user", "conflict"), 0.2)
     rule = followed_rules(result).iloc[0]
     assert (bool(rule["followed"]), bool(rule["heard"]), rule["other_wins"]) == (True, False, 0.7)
+    assert (rule["undecided"], rule["loops"]) == (0, 0.2)
 
 
 def test_the_interval_is_over_tasks() -> None:

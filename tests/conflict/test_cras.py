@@ -266,6 +266,7 @@ def test_rows_say_what_was_graded_by_what(tmp_path: Path) -> None:
 def followed(pairs: Any, prompts: Any = ("none", "system", "conflict")) -> Result:
     same = ("family", "system_rule", "user_rule", "wording", "setting")
     verdict = {"part": "held-out", "n_tokens": 3, "obeys_system": False, "obeys_user": False, "reason": ""}
+    verdict |= {"decided": True, "loops": False}
     rows = [
         {name: getattr(pair, name) for name in same}
         | {"pair": pair.id, "task": pair.task.id, "prompt": prompt, "answer": f"RAIN {prompt}"}

@@ -16,12 +16,14 @@ from interp.conflict.align_plots import preferences as plot
 from interp.conflict.answers import Answer
 from interp.conflict.dialogues import Dialogue, encode_dialogue
 from interp.conflict.pairs import Pair, make_pairs
-from interp.conflict.preferences import counts, make_preferences, read_preferences, repeats
-from interp.conflict.verifiers import family
+from interp.conflict.preference_table import balanced
+from interp.conflict.preferences import counts, make_preferences, read_preferences
+from interp.conflict.verifiers import family, repeats
 from interp.errors import InputError
-from interp.results import load_result
+from interp.results import Result, load_result
 
 LIST = "1. A cat sat.\n2. A dog ran."
+CATEGORIES = dict.fromkeys(("system_rule", "user_rule", "prompt"), "category")
 PROSE = "A cat sat on the mat. A dog ran to the sea."
 
 
@@ -194,6 +196,31 @@ def test_every_used_row_passes_its_verifiers_and_left_out_ones_are_counted(
     drawn = plot(made)
     assert sum(sum(bar.y) for bar in drawn.data) == len(frame)
     assert sum(drawn.data[2].y) == len(frame) - len(used)
+
+
+def test_balanced_uses_as_many_of_both_rules(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    plant(monkeypatch, model, lambda name: (LIST if name == "user" else PROSE, True))
+    made = make_preferences(model, PAIRS, **ALONE)
+    one = made.frame.iloc[0].to_dict()
+    planned = {("list", "conflict"): 7, ("paragraph", "conflict"): 3, ("list", "agree"): 2}  # no paragraph agrees
+    rows = [
+        one | {"id": f"{rule} {prompt} {at}", "system_rule": rule, "prompt": prompt, "used": used}
+        | {"user_rule": "paragraph" if rule == "list" else "list"}
+        for (rule, prompt), n in planned.items()
+        for at, used in enumerate([True] * n + [False])
+    ]  # fmt: skip
+    frame = made.frame.iloc[[0] * len(rows)].assign(**{name: [row[name] for row in rows] for name in one})
+    table = Result(made.kind, frame.astype(made.frame.dtypes.to_dict() | CATEGORIES), made.columns, made.provenance)
+    even = balanced(table)
+    kept = even.frame[even.frame["used"]]
+    assert kept.groupby(["system_rule", "prompt"], observed=True).size().to_dict() == {
+        ("list", "conflict"): 3, ("paragraph", "conflict"): 3,
+    }  # fmt: skip
+    assert [name for name in kept["id"] if name.startswith("list")] == [f"list conflict {at}" for at in (0, 2, 4)]
+    assert table.frame["used"].sum() == 12  # the table that was given is as it was
+    assert balanced(even).equals(even)
+    with pytest.raises(InputError, match="are no preferences"):
+        balanced("pairs")  # type: ignore[arg-type]
 
 
 def test_a_real_model_and_a_run_that_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -182,9 +182,9 @@ def test_alpha_zero_is_the_dpo_of_trl(credit: str, tmp_path: Path) -> None:
     loss = theirs.compute_loss(theirs.model, theirs.data_collator(columns))
     loss.backward()
 
-    def ours(alpha: float) -> tuple[float, dict[str, Any]]:
+    def ours(alpha: float, likelihood: float = 0.0) -> tuple[float, dict[str, Any]]:
         credited = credit_pairs(model, PAIRS, credit, heads=[(0, 1), (2, 3)], alpha=alpha, beta=0.3)
-        plan = TrainingPlan(AlignSettings(), targets, 4, 8.0, 0.3, 1, 1, 0)
+        plan = TrainingPlan(AlignSettings(), targets, 4, 8.0, 0.3, likelihood, 1, 1, 0)
         with left_as_it_was(model):
             trainer = build_trainer(model, credited, [], plan, tmp_path / "ours")
             trained = randomised(trainer)
@@ -203,3 +203,12 @@ def test_alpha_zero_is_the_dpo_of_trl(credit: str, tmp_path: Path) -> None:
         torch.testing.assert_close(gradient, expected[name].grad, atol=1e-5, rtol=1e-3)
     credited_value, _ = ours(alpha=0.9)
     assert (abs(credited_value - value) > 1e-4) == (credit != "none")
+    # The chosen answers' own loss, from the model's plain forward pass with the adapter that is randomised alike.
+    theirs.model.eval()
+    own = []
+    for pair in PAIRS:
+        ids = torch.tensor([[*pair.prompt, *pair.chosen]])
+        scores = theirs.model(input_ids=ids).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+        own.append(-scores.gather(1, ids[0, len(pair.prompt) :, None]).mean().item())
+    both, _ = ours(alpha=0.0, likelihood=0.7)
+    assert both == pytest.approx(value + 0.7 * sum(own) / len(own), abs=1e-5)

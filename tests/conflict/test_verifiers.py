@@ -104,6 +104,42 @@ def test_no_answer_obeys_both_rules_of_a_family(answer: str, finished: bool) -> 
         assert len(passed) < 2, (name, passed)
 
 
+@pytest.mark.parametrize(
+    ("name", "rule", "answer", "decided"),
+    [
+        ("sentences", "one-sentence", "The sea is so deep that", False),
+        ("sentences", "one-sentence", "The sea. The", True),
+        ("sentences", "several-sentences", "One. Two", False),
+        ("words", "many-words", "a b", False),
+        ("words", "few-words", "a b", False),
+        ("digits", "digits", "1 and 2", False),
+        ("digits", "no-digits", "1 and 2", True),
+        ("list", "list", "1. Apples and", False),
+        ("list", "list", "Apples and", True),
+        ("json", "json", '{"answer": "The', False),
+        ("json", "json", "The", True),
+        ("quotation", "quoted", '"The sea', False),
+        ("quotation", "quoted", "The sea", True),
+        ("case", "capitals", "The sea", True),
+        ("language", "french", "The sea and the wind", True),
+    ],
+)
+def test_a_cut_off_answer_may_be_undecided(name: str, rule: str, answer: str, decided: bool) -> None:
+    verdict = family(name).verify(rule, answer, False)
+    assert (verdict.passed, verdict.decided) == (False, decided)
+    assert family(name).verify(rule, answer, True).decided
+
+
+@given(answer=ANSWERS, more=ANSWERS, glue=st.sampled_from(["", " ", "\n"]))
+def test_what_is_decided_stays_so_however_the_answer_goes_on(answer: str, more: str, glue: str) -> None:
+    for name in sorted(set(BUILT_IN) - {"language"}):  # a share of words, which later words can turn
+        some = family(name)
+        for rule in some.rules:
+            verdict = some.verify(rule, answer, False)
+            if not verdict.passed and verdict.decided:
+                assert not some.verify(rule, answer.strip() + glue + more, True).passed, (name, rule, verdict.reason)
+
+
 @given(answer=ANSWERS)
 def test_what_is_rewritten_obeys(answer: str) -> None:
     for name in BUILT_IN:
