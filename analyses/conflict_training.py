@@ -22,6 +22,7 @@ from interp.atomic import write_atomically
 from interp.conflict import (
     RuleJudge,
     adapted,
+    balanced,
     cras,
     layer_scores,
     localize,
@@ -75,12 +76,14 @@ def align_arms(
     if train:
         write_atomically(record, lambda file: file.write(json.dumps(taught).encode()))
         preferences, validation = (
-            make_preferences(
-                model,
-                make_pairs(part, n, families=taught),
-                **ask,
-                out=out / f"preferences_{part}_{n}",
-                progress=f"{part} pairs",
+            balanced(
+                make_preferences(
+                    model,
+                    make_pairs(part, n, families=taught),
+                    **ask,
+                    out=out / f"preferences_{part}_{n}",
+                    progress=f"{part} pairs",
+                )
             )
             for part, n in (("training", sizes["n_train"]), ("validation", sizes["n_validation"]))
         )

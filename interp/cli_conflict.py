@@ -208,12 +208,18 @@ def conflict_align(
     ] = "reward",
     alpha: Annotated[float, typer.Option("--alpha", help="Weight of the credit; 0 is plain DPO.")] = 0.5,
     beta: Annotated[float, typer.Option("--beta", help="Of DPO.")] = 0.1,
+    likelihood: Annotated[
+        float, typer.Option("--likelihood", help="Weight of the chosen answer's own loss; 0 in the published loss.")
+    ] = 0.0,
     rank: Annotated[int, typer.Option("--rank", help="Of LoRA.")] = 8,
     preset: Annotated[str, typer.Option("--preset", help="laptop (two cores) or gpu.")] = "laptop",
     pairs: Annotated[int, typer.Option("--pairs", help="Training pairs of prompts.")] = 288,
     validation: Annotated[
         int, typer.Option("--validation", help="Validation pairs; training stops early on them.")
     ] = 32,
+    balance: Annotated[
+        bool, typer.Option(help="Use as many pairs of a rule as of its opposite, and leave the rest out.")
+    ] = True,
     family: FamilyOption = None,
     wording: WordingOption = None,
     setting: SettingOption = "user",
@@ -235,6 +241,7 @@ def conflict_align(
     from interp.conflict import (
         adapted,
         align,
+        balanced,
         focal_heads,
         focal_layers,
         follow,
@@ -265,14 +272,15 @@ def conflict_align(
     checks = make_preferences(loaded, checking, template=read, out=out / "validation") if checking else None
     history = align(
         loaded,
-        preferences,
+        balanced(preferences) if balance else preferences,
         layers,
         out=out / "run",
-        validation=checks,
+        validation=balanced(checks) if checks is not None and balance else checks,
         heads=focal_heads(measured) if credit == "attention" and measured is not None else None,
         credit=credit,
         alpha=alpha,
         beta=beta,
+        likelihood=likelihood,
         rank=rank,
         preset=preset,
         seed=seed,

@@ -40,6 +40,7 @@ _NAMES = {
     "ablate_heads": "head_ablation",
     "ablation_summary": "head_ablation",
     "make_preferences": "preferences",
+    "balanced": "preference_table",
     "align": "aligning",
     "arms": "layer_arms",
     "adapted": "adapters",

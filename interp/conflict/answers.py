@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from interp.conflict.dialogues import Dialogue, encode_dialogue
+from interp.conflict.dialogues import NEXT_TURN, Dialogue, encode_dialogue
 from interp.conflict.pairs import PROMPTS, Pair, make_pair
 from interp.conflict.verifiers import family, repeats
 from interp.conflict.wordings import read_tasks, tasks
@@ -57,7 +57,7 @@ class Answer:
 
     Attributes:
         text: without special tokens.
-        ids: token ids, the end token included.
+        ids: token ids, the end token included; without one where the model went on with another turn.
         finished: whether it ended by itself.
     """
 
@@ -89,7 +89,9 @@ def generate_answers(
         InputError: see `encode_dialogue` and `Model.generate_ids`.
     """
     encoded = [encode_dialogue(model, dialogue, template=template).ids for dialogue in dialogues]
-    return answer_ids(model, encoded, max_new_tokens=max_new_tokens, max_tokens=max_tokens, progress=progress)
+    return answer_ids(
+        model, encoded, max_new_tokens=max_new_tokens, template=template, max_tokens=max_tokens, progress=progress
+    )
 
 
 def answer_ids(
@@ -97,19 +99,26 @@ def answer_ids(
     encoded: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    template: str | None = None,
     max_tokens: int = 4096,
     progress: bool | str = False,
 ) -> list[Answer]:
-    """As `generate_answers`, from token ids."""
+    """As `generate_answers`, from token ids; under one of our templates an answer ends where the next turn begins."""
     different = list(dict.fromkeys(tuple(ids) for ids in encoded))
     if not different:
         return []
     made = model.generate_ids(different, max_new_tokens=max_new_tokens, max_tokens=max_tokens, progress=progress)
-    ends = model.end_ids()
-    known = {
-        prompt: Answer(model.decode(ids), tuple(ids), bool(ids) and ids[-1] in ends)
-        for prompt, ids in zip(different, made, strict=True)
-    }
+    ends, turns = model.end_ids(), NEXT_TURN.get(template or "", ())
+    known = {}
+    for prompt, ids in zip(different, made, strict=True):
+        text = model.decode(ids)
+        found = [text.index(turn) for turn in turns if turn in text]
+        if found:
+            end = min(found)
+            n = next(n for n in range(len(ids), -1, -1) if len(model.decode(ids[:n])) <= end)
+            known[prompt] = Answer(text[:end], tuple(ids[:n]), True)
+        else:
+            known[prompt] = Answer(text, tuple(ids), bool(ids) and ids[-1] in ends)
     return [known[tuple(ids)] for ids in encoded]
 
 
@@ -171,7 +180,7 @@ def follow(
             at = int(unit.removeprefix("pairs-"))
             here = encoded[at : at + chunk]
             new = [ids for ids in dict.fromkeys(ids for row in here for ids in row) if ids not in asked]
-            made = answer_ids(model, new, max_new_tokens=max_new_tokens, max_tokens=max_tokens)
+            made = answer_ids(model, new, max_new_tokens=max_new_tokens, template=template, max_tokens=max_tokens)
             asked.update(zip(new, made, strict=True))
             frame = _rows(pairs[at : at + chunk], prompts, [[asked[ids] for ids in row] for row in here])
             frames.append(frame) if run is None else run.write(unit, frame)

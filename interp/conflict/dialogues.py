@@ -33,6 +33,8 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
+# What begins the next turn, which a model that was not trained on the template may write itself.
+NEXT_TURN = {"chatml": ("<|im_end|>", "<|im_start|>"), "plain": ("\nSystem:", "\nUser:", "\nAssistant:")}
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ def _rewriter(model: Model, family_name: str, rule: str, length: int) -> Callabl
         text = family(family_name).rewrite(rule, base)
         if text is None:
             return None
+        text = answer.text[: len(answer.text) - len(answer.text.lstrip())] + text  # some templates leave a space to it
         ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         end = _end_id(model)
         finished = whole and len(ids) < length and end is not None

@@ -215,3 +215,25 @@ def test_the_embedded_model_obeys_a_list_rule_in_the_user_turn_and_not_in_the_sy
     assert shares["user"] >= 0.5
     assert shares["system"] <= 0.35
     assert shares["conflict"] <= 0.35
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "kept", "finished"),
+    [
+        ("plain", " The sea.\n\nUser: And rain?", " The sea.\n", True),
+        ("plain", " The sea.\n\nAssistant: x\nUser: y", " The sea.\n", True),
+        ("plain", " Users: many", " Users: many", False),
+        ("chatml", "The sea.<|im_end|>\n<|im_start|>user", "The sea.", True),
+        (None, "The sea.\nUser: x", "The sea.\nUser: x", False),
+    ],
+)
+def test_an_answer_ends_where_the_model_writes_the_next_turn(
+    monkeypatch: pytest.MonkeyPatch, template: str | None, said: str, kept: str, finished: bool
+) -> None:
+    model = chat_tiny()
+    ids = model.tokenizer(said, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(model, "generate_ids", lambda prompts, **_: [list(ids) for _ in prompts])
+    monkeypatch.setattr(model, "decode", model.tokenizer.decode)  # marks of turns are plain text here
+    (answer,) = answers_module.answer_ids(model, [[5, 6]], template=template)
+    assert (answer.text, answer.finished) == (kept, finished)
+    assert model.decode(answer.ids) == kept

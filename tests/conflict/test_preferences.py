@@ -198,6 +198,15 @@ def test_every_used_row_passes_its_verifiers_and_left_out_ones_are_counted(
     assert sum(drawn.data[2].y) == len(frame) - len(used)
 
 
+def test_a_rewrite_keeps_the_space_that_the_template_leaves_to_the_answer(
+    monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    plant(monkeypatch, model, lambda name: (" " + PROSE if name == "none" else " no list", True))
+    row = make_preferences(model, PAIRS, template="plain", **ALONE).frame.iloc[0]
+    assert row["chosen_from"] == "rewrite"
+    assert row["chosen"] == " 1. A cat sat on the mat.\n2. A dog ran to the sea."
+
+
 def test_balanced_uses_as_many_of_both_rules(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     plant(monkeypatch, model, lambda name: (LIST if name == "user" else PROSE, True))
     made = make_preferences(model, PAIRS, **ALONE)
