@@ -1,7 +1,7 @@
 """Train adapters on different layers and measure each on held-out tasks, beside the model as it was.
 
 1. Arms of equal size (`interp.conflict.layer_arms`): the focal layers with the released credit, with the abstract's credit
-   and with plain DPO; random layers, the first, the last, and all layers with a smaller rank.
+   and with plain DPO; layers by patching, random ones, the first, the last, and all layers with a smaller rank.
 2. Each is measured on held-out pairs (`follow`), on prose (loss of every text, share of positions with the same top token),
    and by its size. Nothing is chosen on these.
 3. Changes are paired: the same pair, or the same text, before and after; intervals are over tasks, or over texts.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -45,15 +46,16 @@ ARMS: dict[str, tuple[str, str]] = {
     "random 0": ("random-0", "reward"),
     "random 1": ("random-1", "reward"),
     "random 2": ("random-2", "reward"),
+    "patched": ("patched", "reward"),
     "first": ("first", "reward"),
     "last": ("last", "reward"),
     "all": ("all", "reward"),
 }
 
 
-def chosen_layers(model: Any, layers: Sequence[int], n_random: int = 3) -> dict[str, LayerArm]:
-    """Layers and ranks of every arm."""
-    return arms(model, layers, n_random=n_random)
+def chosen_layers(model: Any, layers: Sequence[int], patched: Sequence[int], n_random: int = 3) -> dict[str, LayerArm]:
+    """Layers and ranks of every arm: focal by drift, as many by patching, and those to compare with."""
+    return {**arms(model, layers, n_random=n_random), "patched": arms(model, patched, n_random=0)["focal"]}
 
 
 def train_arm(
@@ -214,6 +216,29 @@ def table(
             row |= {"loops": under["loops"].mean()}
             row |= dict(zip(("perplexity", "perplexity_low", "perplexity_high"), ratio, strict=True))
             rows.append(row | {"same_top": _weighted(prose, "same_top"), "n": len(under)})
+    return pd.DataFrame(rows)
+
+
+def by_rule(after: Result, before: Result) -> pd.DataFrame:
+    """Each rule under conflict before and after training.
+
+    Returns:
+        family, rule, before, after (shares of answers that obey it as the system's rule), change, low, high, user_wins,
+        undecided, loops (of the answers after), n (pairs).
+    """
+    rows = []
+    for name in dict.fromkeys(after.frame["family"].astype(str)):
+        for rule in dict.fromkeys(of_families(after, [name])["system_rule"].astype(str)):
+            ours, theirs = (
+                dataclasses.replace(result, frame=result.frame[result.frame["system_rule"].astype(str) == rule])
+                for result in (after, before)
+            )
+            mean, low, high = change(ours, theirs, [name])
+            under = of_families(ours, [name]).query("prompt == 'conflict'")
+            share = under["obeys_system"].mean()
+            row = {"family": name, "rule": rule, "before": share - mean, "after": share, "change": mean, "low": low}
+            row |= {"high": high, "user_wins": under["obeys_user"].mean(), "undecided": 1 - under["decided"].mean()}
+            rows.append(row | {"loops": under["loops"].mean(), "n": len(under)})
     return pd.DataFrame(rows)
 
 

@@ -53,11 +53,25 @@ class Job:
     items: list[Any]
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a conflict is settled.
+
+    Attributes:
+        layers: focal ones, by drift.
+        patched: as many whose patched attention output brings back the most.
+        heads: focal ones, (layer, head), by drift.
+    """
+
+    layers: list[int]
+    patched: list[int]
+    heads: list[tuple[int, int]]
+
+
 def align_arms(
     job: Job,
     followed: list[str],
-    layers: list[int],
-    heads: list[tuple[int, int]],
+    located: Located,
     train: Sequence[str],
     sizes: Mapping[str, int],
     settings: dict[str, Any],
@@ -67,7 +81,7 @@ def align_arms(
     ask = {"template": job.template}
     place = out / "arms"
     record = place / "families.json"
-    plan = conflict_arms.chosen_layers(model, layers)
+    plan = conflict_arms.chosen_layers(model, located.layers, located.patched)
     prose = [str(row["text"]) for row in read_jsonl("sample_texts.jsonl")]
     taught = [name for name in followed if name not in HELD_OUT_FAMILIES]
     if train and not taught:
@@ -92,7 +106,9 @@ def align_arms(
         for name in train:
             where = conflict_arms.spans(plan[conflict_arms.ARMS[name][0]].layers)
             print(f"interp: arm {name}, layers {where}", file=sys.stderr)
-            adapter = conflict_arms.train_arm(model, place, name, preferences, validation, plan, heads, **settings)
+            adapter = conflict_arms.train_arm(
+                model, place, name, preferences, validation, plan, located.heads, **settings
+            )
             conflict_arms.measure(model, place, name, pairs, prose, adapter, job.template)
         items.append(counts(preferences))
     if not record.exists():
@@ -109,6 +125,7 @@ def align_arms(
     items.append(table)
     claims += arm_claims(table, found, groups)
     if "focal" in found:
+        items.append(conflict_arms.by_rule(found["focal"][0], base[0]))
         adapter = place / conflict_arms.folder_name("focal") / "adapter"
         claims += after_claims(model, adapter, base[0], found["focal"][0], table)
         with adapted(model, adapter):
@@ -160,6 +177,7 @@ def arm_claims(
             for name in ("first", "last")
             if name in found
         },
+        **({"focal layers by drift above as many by patching": [found["patched"][0]]} if "patched" in found else {}),
         **({"focal layers above all layers with a smaller rank": [found["all"][0]]} if "all" in found else {}),
         **({"released credit above plain DPO": [found["focal, plain DPO"][0]]} if "focal, plain DPO" in found else {}),
     }

@@ -24,7 +24,7 @@ import pandas as pd
 import typer
 
 from analyses import conflict_arms, conflict_claims
-from analyses.conflict_training import LAYERS, Job, align_arms
+from analyses.conflict_training import LAYERS, Job, Located, align_arms
 from interp import load_model
 from interp.cli import show
 from interp.conflict import (
@@ -125,9 +125,9 @@ def run(
     # Another model's results stay beside these.
     job = Job(model, out / model.fingerprint, fitting_template(model) if template is None else template, claims, items)
     followed = diagnose(job, n_choose, n_floor, n_peer, n_judged)
-    layers, heads = locate(job, n_localise, n_patch, n_head_patch, n_ablate, n_sets)
+    found = locate(job, n_localise, n_patch, n_head_patch, n_ablate, n_sets)
     sizes = {"n_train": n_train, "n_validation": n_validation, "n_measure": n_measure, "n_others": n_others}
-    trained = align_arms(job, followed, layers, heads, train, sizes, dict(settings or {}))
+    trained = align_arms(job, followed, found, train, sizes, dict(settings or {}))
     write_claims(out / "claims.json", claims)
     told = ", ".join(followed) if followed else "none"
     text = (
@@ -199,10 +199,8 @@ def judges(model: Any) -> dict[str, Any]:
     return {"rules": RuleJudge(), "model": LocalJudge(model)}
 
 
-def locate(
-    job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate: int, n_sets: int
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Drift, patching and ablation; returns the focal layers and heads."""
+def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate: int, n_sets: int) -> Located:
+    """Drift, patching and ablation."""
     model, out, claims, items = job.model, job.out, job.claims, job.items
     ask = {"template": job.template}
     pairs = make_pairs("localisation", n_localise)
@@ -282,7 +280,9 @@ def locate(
     )
     claims.append(conflict_claims.heads_matter(ablation_summary(ablated)))
     items += [plots.ablate_heads(ablated), ablation_summary(ablated)]
-    return focal_layers(drift), focal
+    layers = focal_layers(drift)
+    by_layer = recovery(patched).query("site == 'attn_out'").nlargest(len(layers), "change")
+    return Located(layers, sorted(int(layer) for layer in by_layer["layer"]), focal)
 
 
 def stability_table(drift: Result) -> pd.DataFrame:

@@ -34,7 +34,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_all_stages(model: Any, tmp_path: Path) -> None:
-    arms = ["focal", "focal, plain DPO", "focal, attention credit", "random 0", "all"]
+    arms = ["focal", "focal, plain DPO", "focal, attention credit", "random 0", "patched", "all"]
     section = instruction_conflict.run(model, tmp_path, train=arms, **SMALL)
     names = [claim.claim for claim in section.claims]
     assert read_claims(tmp_path / "claims.json") == section.claims
@@ -65,6 +65,12 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     assert (untrained["perplexity"] == 1).all()
     assert (untrained["same_top"] == 1).all()
     assert table.loc[table["arm"] == "focal", "share"].gt(0).all()
+    by_rule = next(item for item in section.items if isinstance(item, pd.DataFrame) and "after" in item)
+    focal = table[table["arm"] == "focal"]
+    assert by_rule["n"].sum() == focal["n"].sum()
+    for whole, column in (("conflict", "after"), ("change", "change"), ("user_wins", "user_wins"), ("loops", "loops")):
+        assert by_rule[column] @ by_rule["n"] == pytest.approx(focal[whole] @ focal["n"])
+    assert by_rule["before"].to_numpy() == pytest.approx(by_rule["after"] - by_rule["change"])
     page = write_report([section], tmp_path / "report.html", title="Conflict")
     assert "who wins when system and user disagree" in page.read_text()
 
