@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from interp.errors import InputError
 
 
 def conflict_score(
+    context: typer.Context,
     answers: Annotated[
         Path | None,
         typer.Option(
@@ -85,6 +87,7 @@ def conflict_score(
     if answers is not None:
         from interp.conflict.answers import pairs_of
 
+        check_unused(context, ("pairs", "part", "family", "wording", "setting", "template", "seed"))
         answered = load_result(answers)
         asked = pairs_of(answered, None if tasks is None else tasks)
     else:
@@ -132,6 +135,17 @@ def make_judge(
     from interp.conflict import ApiJudge
 
     return ApiJudge(base_url, judge_model, key_env=key_env, cache=None if out is None else out / "replies")
+
+
+def check_unused(context: typer.Context, names: Sequence[str]) -> None:
+    """Refuses options that say which answers to make, where the answers are given.
+
+    Raises:
+        InputError: it names them.
+    """
+    given = [f"--{name}" for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        raise InputError(f"{', '.join(given)} choose what is answered here; leave them out with --answers")
 
 
 def check_api(base_url: str | None, judge_model: str | None) -> None:

@@ -111,6 +111,8 @@ def test_score_by_two_judges_and_their_agreement(folder: Path, tmp_path: Path) -
     )
     rows = {row["what"]: row["mean"] for row in again["scores"]}
     assert rows["cras"] == rows["constraint_compliance"]
+    with pytest.raises(InputError, match="--pairs, --family choose what is answered here; leave them out"):
+        run("conflict", "score", "--answers", tmp_path / "scores" / "answers", "--pairs", 3, "--family", "list")
 
 
 def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
