@@ -126,6 +126,7 @@ def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, hol
         ((0.1, 0.3), 0.2, 40, False),
         ((-0.1, 0.3), 0.02, 40, None),
         ((0.1, 0.3), 0.11, 8, None),
+        ((-0.3, -0.1), 0.02, 40, False),
     ],
 )
 def test_heads_matter(difference: tuple[float, float], p_sets: float, n_sets: int, holds: bool | None) -> None:
@@ -133,7 +134,9 @@ def test_heads_matter(difference: tuple[float, float], p_sets: float, n_sets: in
     rows = [
         {"what": "focal", "mean": -0.4, "low": -0.5, "high": -0.3, **common},
         {"what": "random", "mean": -0.1, "low": -0.2, "high": 0.0, **common},
-        {"what": "focal − random", "mean": 0.2, "low": difference[0], "high": difference[1], **common},
+        {"what": "|focal|", "mean": 0.5, "low": 0.4, "high": 0.6, **common},
+        {"what": "|random|", "mean": 0.3, "low": 0.2, "high": 0.4, **common},
+        {"what": "|focal| − |random|", "mean": 0.2, "low": difference[0], "high": difference[1], **common},
     ]
     assert conflict_claims.heads_matter(pd.DataFrame(rows)).holds is holds
 

@@ -209,22 +209,27 @@ def ablation_summary(result: Result, *, n_resamples: int = 2000, level: float = 
         n_resamples, level, seed: of the bootstrap over tasks.
 
     Returns:
-        Rows what="focal", and with random sets "random" (the mean of the sets) and "focal − random"; columns mean, low, high
-        (nats per token, change of the preference for the system's answer, over pairs; intervals over tasks), p (flipped signs of
-        tasks, two-sided; focal and difference), p_sets (rank of the focal set among the random sets, two-sided; focal), n_sets,
-        n_heads, n (pairs), n_tasks.
+        Rows what="focal" and "|focal|", and with random sets "random", "|random|" (the mean of the sets), "focal − random" and
+        "|focal| − |random|"; bars mean each pair's change without its sign, which sees heads that help in one pair and harm in
+        the next. Columns mean, low, high (nats per token, change of the preference for the system's answer, over pairs; intervals
+        over tasks), p (flipped signs of tasks, two-sided; focal and both differences), p_sets (share of sets that move it as far,
+        the focal one among them; focal and |focal|), n_sets, n_heads, n (pairs), n_tasks.
 
     Raises:
         InputError: another kind of result.
     """
     changes = set_changes(result)
     tasks = result.frame.drop_duplicates("pair").set_index("pair")["task"]
-    arms = {"focal": changes[0]}
-    others = changes.drop(columns=0)
-    if others.shape[1]:
-        arms |= {"random": others.mean(axis=1), "focal − random": changes[0] - others.mean(axis=1)}
-    sizes = others.mean().abs()
-    rank = (1 + (sizes >= abs(changes[0].mean()) - 1e-12).sum()) / (1 + len(sizes)) if len(sizes) else np.nan
+    arms, ranks = {}, {}
+    for name, some in (("{}", changes), ("|{}|", changes.abs())):
+        focal, random = name.format("focal"), name.format("random")
+        others = some.drop(columns=0)
+        arms[focal], sizes = some[0], others.mean().abs()
+        if others.shape[1]:
+            arms[random] = others.mean(axis=1)
+            arms[f"{focal} − {random}"] = some[0] - others.mean(axis=1)
+            ranks[focal] = (1 + (sizes >= abs(some[0].mean()) - 1e-12).sum()) / (1 + len(sizes))
+    signed = {"focal", "focal − random", "|focal| − |random|"}
     rows = []
     for what, values in arms.items():
         by_task = values.groupby(tasks)
@@ -232,8 +237,8 @@ def ablation_summary(result: Result, *, n_resamples: int = 2000, level: float = 
         mean, low, high = ratio_interval(sums, by_task.size().to_numpy(), n_resamples, level, seed)
         row = {"what": what, "mean": mean, "low": low, "high": high}
         row |= {
-            "p": np.nan if what == "random" else float(paired_permutation_test(sums, seed=seed)),
-            "p_sets": rank if what == "focal" else np.nan,
+            "p": float(paired_permutation_test(sums, seed=seed)) if what in signed else np.nan,
+            "p_sets": ranks.get(what, np.nan),
         }
         rows.append(
             row

@@ -207,14 +207,25 @@ def test_summary_by_hand() -> None:
     # Focal means: (1 + 3 + 2) / 3 = 2; random sets: 2, −3, 0.
     result = result_of({("a", "1"): [1.0, 2, -3, 0], ("a", "2"): [3.0, 2, -3, 0], ("b", "3"): [2.0, 2, -3, 0]})
     table = ablation_summary(result).set_index("what")
-    assert table["mean"].tolist() == pytest.approx([2, -1 / 3, 2 + 1 / 3])
+    assert table["mean"].tolist() == pytest.approx([2, -1 / 3, 2 + 1 / 3, 2, 5 / 3, 1 / 3])
     assert table.loc["focal", "p_sets"] == pytest.approx((1 + 2) / 4)  # 2 and −3 are as far from zero
     assert table.loc["focal", "p"] == 0.5
     assert (table.loc["focal", "low"], table.loc["focal", "high"]) == pytest.approx((2, 2))  # every task's mean is 2
-    assert table["n_sets"].tolist() == [3, 3, 3]
-    assert (table["n"].tolist(), table["n_tasks"].tolist()) == ([3] * 3, [2] * 3)
+    assert table["n_sets"].tolist() == [3] * 6
+    assert (table["n"].tolist(), table["n_tasks"].tolist()) == ([3] * 6, [2] * 6)
+    # A set that moves one pair up and the other down moves both
+    torn = ablation_summary(result_of({("a", "1"): [4.0, 1, 1], ("b", "2"): [-4.0, 1, 1]})).set_index("what")
+    assert torn.loc[["focal", "random", "|focal|", "|random|", "|focal| − |random|"], "mean"].tolist() == [
+        0,
+        1,
+        4,
+        1,
+        3,
+    ]
+    assert torn.loc[["focal", "|focal|"], "p_sets"].tolist() == pytest.approx([1, 1 / 3])
+    assert torn.loc[["|focal|", "|random|", "random"], "p"].isna().all()
     alone = ablation_summary(result_of({("a", "1"): [1.0]}))
-    assert alone["what"].tolist() == ["focal"]
+    assert alone["what"].tolist() == ["focal", "|focal|"]
     assert alone[["low", "high", "p", "p_sets"]].isna().all(axis=None)
     other = Result("conflict.follow", result.frame, HEAD_ABLATION_COLUMNS, Provenance())
     with pytest.raises(InputError, match="expected 'conflict"):
