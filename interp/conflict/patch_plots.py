@@ -19,7 +19,7 @@ _SITES = {
     "resid_post": "residual stream after the layer",
     "head": "one attention head",
 }
-_POSITIONS = {"suffix": "the template's tokens behind the last piece", "last": "the last token"}
+_POSITIONS = {"suffix": "the template's last tokens", "last": "the last token"}
 
 
 def patch(result: Result, view: str | None = None) -> Any:
@@ -71,7 +71,7 @@ def _heads(result: Result, table: pd.DataFrame) -> Any:
         "What one head of the consistent run brings back",
         "layer",
         "head",
-        subtitle=f"{_about(result, table)}; dot: q < .05 over all heads",
+        subtitle=f"{_about(result, table)}; dot: q < .05",
     )
     largest = float(np.nanmax(np.abs(values))) or 1.0
     unit = "share of the gap" if share else "nats per token"
@@ -116,7 +116,7 @@ def ablate_heads(result: Result) -> Any:
     drawn = figure(
         "Do the focal heads carry the conflict?",
         "heads ablated together",
-        "change of the preference for the system's answer",
+        "change for the system's answer",
         y_unit="nats per token",
         subtitle=(
             f"{result.provenance.model}; {focal['n_heads']} heads {word} {where}; {_count(focal)}; "
@@ -180,10 +180,10 @@ def _place(what: str) -> float:
 
 def _about(result: Result, table: pd.DataFrame) -> str:
     about = result.provenance.parameters
-    giver = "another task's" if about.get("donor") == "other" else "its own"
+    giver = "another task's consistent run" if about.get("donor") == "other" else "consistent run"
     where = _POSITIONS.get(str(about.get("positions")), "the last tokens")
     gap = f"gap {table['gap'].iloc[0]:.3g} nats per token"
-    return f"{result.provenance.model}; {giver} consistent run patched at {where}; {gap}; {_count(table.iloc[0])}"
+    return f"{result.provenance.model}; {giver} at {where}; {gap}; {_count(table.iloc[0])}"
 
 
 def _count(row: Any) -> str:

@@ -43,7 +43,7 @@ from interp.results import Result
 from interp.shards import ShardedRun
 
 __all__ = ["PREFERENCE_COLUMNS", "Preference", "counts", "make_preferences", "read_preferences", "repeats"]
-_CHUNK = 48  # prompts that are worked on together
+_CHUNK = 96  # prompts that are worked on together; few that need many rounds cost as much as many
 
 # (pair, "conflict" or "agree")
 _Wanted = tuple[Pair, str]
@@ -69,7 +69,7 @@ def make_preferences(
         max_answer_tokens: where answers are cut.
         template: see `encode_dialogue`.
         max_tokens: budget of padded tokens in a batch.
-        out: a folder; every 48 prompts become a shard there.
+        out: a folder; every 96 prompts become a shard there.
         progress: a progress bar on stderr; a string is its description.
 
     Returns:
