@@ -357,6 +357,9 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
         without any rule), heard (the same for "system"), other_wins (share of answers under conflict that obey the opposite
         rule), undecided, loops (of the answers under conflict: see `follow_summary`), n.
 
+    A rule that is obeyed without being asked for ("paragraph") has no room above that and never counts as followed; a family is
+    followed where one of its rules is. The intervals are each rule's own: of sixteen that do nothing, .4 would count by chance.
+
     Raises:
         InputError: another kind of result, or prompts that were not asked.
     """
