@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 
@@ -188,7 +189,8 @@ def diagnose(job: Job, n_choose: int, n_floor: int, n_peer: int, n_judged: int) 
     by_rule = cras(RuleJudge(), queries, out=out / f"cras_rule_{n_floor}")
     items += [plots.score(by_rule), cras_summary(by_rule)]
     if n_judged:
-        some = queries[:: max(1, len(queries) // n_judged)][:n_judged]
+        drawn = np.random.default_rng(0).permutation(len(queries))[:n_judged]  # of every prompt, rule and task
+        some = [queries[at] for at in sorted(drawn)]
         graded = [cras(judge, some, out=out / f"cras_{name}_{n_judged}") for name, judge in judges(model).items()]
         items += [cras_summary(graded[1]), compare_judges(graded)]
     return followed
