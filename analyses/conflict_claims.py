@@ -142,10 +142,10 @@ def _matters(focal: pd.Series, difference: pd.Series) -> bool | None:
     return bool(focal["p_sets"] <= 0.05 and difference["low"] > 0)
 
 
-def obeys_more(row: pd.Series) -> Claim:
+def obeys_more(row: pd.Series, where: str) -> Claim:
     """Training the focal layers improves compliance with the hierarchy."""
     return Claim(
-        "SAIL on the focal layers improves compliance with the system's rule under conflict (held-out tasks)",
+        f"SAIL on {where}: compliance with the system's rule under conflict rises (held-out tasks)",
         PAPER,
         GAIN,
         f"{row['conflict'] - row['change']:.0%} → {row['conflict']:.0%}, change {row['change']:+.2f} (interval)",
@@ -155,13 +155,13 @@ def obeys_more(row: pd.Series) -> Claim:
     )
 
 
-def reaches(row: pd.Series) -> Claim:
+def reaches(row: pd.Series, where: str) -> Claim:
     """The project's own aim: +30 points with at most 1 % of the parameters and 3 % of perplexity."""
     gained = _side(row["low"], row["high"], TARGET)
     dear = _side(row["perplexity_low"], row["perplexity_high"], LARGEST_PERPLEXITY)
     parts = (gained, bool(row["share"] <= LARGEST_SHARE), None if dear is None else not dear)
     return Claim(
-        f"at least +{TARGET * 100:.0f} points with at most {LARGEST_SHARE:.0%} of the parameters and "
+        f"{where}: at least +{TARGET * 100:.0f} points with at most {LARGEST_SHARE:.0%} of the parameters and "
         f"{LARGEST_PERPLEXITY - 1:.0%} perplexity",
         "ours",
         None,
@@ -173,10 +173,10 @@ def reaches(row: pd.Series) -> Claim:
     )
 
 
-def keeps(row: pd.Series) -> Claim:
+def keeps(row: pd.Series, where: str) -> Claim:
     """Obedience without conflict is not paid for."""
     return Claim(
-        "compliance without conflict does not fall (by 5 points or more)",
+        f"{where}: compliance without conflict does not fall (by 5 points or more)",
         "ours",
         None,
         f"both turns agree {row['agree_change']:+.2f} (interval); rule in the system turn alone {row['system_change']:+.2f} "
@@ -187,10 +187,10 @@ def keeps(row: pd.Series) -> Claim:
     )
 
 
-def generalises(row: pd.Series) -> Claim:
+def generalises(row: pd.Series, where: str) -> Claim:
     """Families that were never trained."""
     return Claim(
-        "the trained hierarchy holds for families of rules that were not trained",
+        f"{where}: the trained hierarchy holds for families of rules that were not trained",
         "ours",
         None,
         f"{row['conflict'] - row['change']:.0%} → {row['conflict']:.0%}, change {row['change']:+.2f} (interval)",
@@ -206,10 +206,10 @@ def beats(name: str, difference: tuple[float, float, float], n: int, source: str
     return Claim(name, source, None, f"{mean:+.2f} (interval)", _interval(low, high), n, _side(low, high))
 
 
-def neurons_stay(share: float, n: int, same_top: float) -> Claim:
+def neurons_stay(share: float, n: int, same_top: float, where: str) -> Claim:
     """The top token of neurons: by construction all of them, since only attention is trained."""
     return Claim(
-        "neurons keep their top token (share; adapters on attention cannot change what MLP neurons decode to)",
+        f"{where}: neurons keep their top token (share; adapters on attention cannot change what MLP neurons decode to)",
         "Davies 2025, arXiv 2501.02688: base against instruct",
         f"over {STABLE:.0%}",
         f"{share:.1%} of neurons; next-token predictions on prose keep theirs at {same_top:.1%} of positions",
@@ -219,18 +219,19 @@ def neurons_stay(share: float, n: int, same_top: float) -> Claim:
     )
 
 
-def scores(before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str) -> Claim:
+def scores(before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str, where: str) -> Claim:
     """CRAS before and after, pair by pair.
 
     Args:
         before, after: CRAS of each pair.
         tasks: of each pair.
         judge: its name.
+        where: which layers were trained.
     """
     difference = (after - before).to_numpy()
     low, high = map(float, bootstrap_mean_clustered(difference, tasks.to_numpy()))
     return Claim(
-        f"CRAS under conflict rises ({judge} judge)",
+        f"{where}: CRAS under conflict rises ({judge} judge)",
         PAPER,
         None,
         f"{before.mean():.2f} → {after.mean():.2f} of 5, change {difference.mean():+.2f} (interval)",

@@ -38,6 +38,8 @@ from interp.conflict.verifiers import BUILT_IN
 from interp.report.claims import Claim
 from interp.results import Result
 
+# Arms whose layers were localised, and how.
+LOCALISED = {"focal": "focal layers by drift", "patched": "as many layers by patching"}
 # Columns of a table of layers that are printed.
 LAYERS = ["layer", "score", "control", "excess", "low", "high", "q", "n_focal_heads", "focal"]
 
@@ -124,13 +126,19 @@ def align_arms(
     table = conflict_arms.table(found, base, groups, {name: facts for name, facts in about.items() if facts})
     items.append(table)
     claims += arm_claims(table, found, groups)
-    if "focal" in found:
-        items.append(conflict_arms.by_rule(found["focal"][0], base[0]))
-        adapter = place / conflict_arms.folder_name("focal") / "adapter"
-        claims += after_claims(model, adapter, base[0], found["focal"][0], table)
+    for name in LOCALISED:
+        if name not in found:
+            continue
+        items.append(conflict_arms.by_rule(found[name][0], base[0]))
+        adapter = place / conflict_arms.folder_name(name) / "adapter"
+        claims += after_claims(model, adapter, base[0], found[name][0], table, name)
         with adapted(model, adapter):
             after = localize(
-                model, make_pairs("localisation", 96), **ask, out=place / "focal" / "drift", progress="drift after"
+                model,
+                make_pairs("localisation", 96),
+                **ask,
+                out=adapter.parent / "drift",
+                progress=f"drift after, {name}",
             )
         items += [plots.layer_profile(after), layer_scores(after)[LAYERS]]
     return True
@@ -157,14 +165,19 @@ def arm_claims(
     table: pd.DataFrame, found: Mapping[str, tuple[Result, Result]], groups: Mapping[str, Sequence[str]]
 ) -> list[Claim]:
     """Claims on the trained arms, as far as they are there."""
-    if "focal" not in found or "trained" not in groups:
+    if "trained" not in groups:
         return []
-    rows = table[table["arm"] == "focal"].set_index("families")
-    followed, own = rows.loc["trained"], groups["trained"]
-    made = [conflict_claims.obeys_more(followed), conflict_claims.reaches(followed), conflict_claims.keeps(followed)]
-    if "never trained" in groups:
-        made.append(conflict_claims.generalises(rows.loc["never trained"]))
-    ours, n = found["focal"][0], int(followed["n"])
+    own, made = groups["trained"], []
+    for name in (name for name in LOCALISED if name in found):
+        rows = table[table["arm"] == name].set_index("families")
+        row, where = rows.loc["trained"], LOCALISED[name]
+        made += [getattr(conflict_claims, claim)(row, where) for claim in ("obeys_more", "reaches", "keeps")]
+        if "never trained" in groups:
+            made.append(conflict_claims.generalises(rows.loc["never trained"], where))
+    if "focal" not in found:
+        return made
+    ours = found["focal"][0]
+    n = int(table.loc[(table["arm"] == "focal") & (table["families"] == "trained"), "n"].iloc[0])
     random = [found[name][0] for name in found if name.startswith("random")]
     others = {
         **(
@@ -194,8 +207,10 @@ def arm_claims(
     return made
 
 
-def after_claims(model: Any, adapter: Path, before: Result, after: Result, table: pd.DataFrame) -> list[Claim]:
-    """CRAS and the neurons before and after."""
+def after_claims(
+    model: Any, adapter: Path, before: Result, after: Result, table: pd.DataFrame, arm: str
+) -> list[Claim]:
+    """CRAS and the neurons before and after an arm."""
     ids = set(before.frame["pair"])
     pairs = [pair for pair in make_pairs("held-out", 10**6, families=BUILT_IN) if pair.id in ids]
     graded = []
@@ -208,8 +223,8 @@ def after_claims(model: Any, adapter: Path, before: Result, after: Result, table
     with adapted(model, adapter):
         trained = neurons.decode(model)
     same = neurons.compare(plain, trained).frame.query("layer == -1").iloc[0]
-    same_top = float(table.loc[table["arm"] == "focal", "same_top"].iloc[0])
+    same_top = float(table.loc[table["arm"] == arm, "same_top"].iloc[0])
     return [
-        conflict_claims.scores(graded[0], graded[1].reindex(graded[0].index), tasks, "rule"),
-        conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top),
+        conflict_claims.scores(graded[0], graded[1].reindex(graded[0].index), tasks, "rule", LOCALISED[arm]),
+        conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top, LOCALISED[arm]),
     ]

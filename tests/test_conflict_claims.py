@@ -113,8 +113,8 @@ def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, hol
     assert [
         conflict_claims.middle_patched(thirds).holds,
         conflict_claims.same_layers(agreement, "layers").holds,
-        conflict_claims.obeys_more(row).holds,
-        conflict_claims.generalises(row).holds,
+        conflict_claims.obeys_more(row, "here").holds,
+        conflict_claims.generalises(row, "here").holds,
         conflict_claims.beats("a above b", (0.1, low, high), 3).holds,
     ] == [holds] * 5
 
@@ -159,21 +159,21 @@ def arm_row(**changes: Any) -> pd.Series:
     ],
 )
 def test_the_aim_needs_gain_size_and_perplexity(changes: dict[str, float], holds: bool | None) -> None:
-    assert conflict_claims.reaches(arm_row(**changes)).holds is holds
+    assert conflict_claims.reaches(arm_row(**changes), "here").holds is holds
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(-0.04, 0.02, True), (-0.3, -0.06, False), (-0.1, 0.0, None)])
 def test_compliance_without_conflict(low: float, high: float, holds: bool | None) -> None:
-    assert conflict_claims.keeps(arm_row(agree_low=low, agree_high=high)).holds is holds
+    assert conflict_claims.keeps(arm_row(agree_low=low, agree_high=high), "here").holds is holds
 
 
 def test_neurons_and_scores() -> None:
-    assert conflict_claims.neurons_stay(0.99, 46080, 0.95).holds is True
-    assert conflict_claims.neurons_stay(0.75, 46080, 0.95).holds is False
+    assert conflict_claims.neurons_stay(0.99, 46080, 0.95, "here").holds is True
+    assert conflict_claims.neurons_stay(0.75, 46080, 0.95, "here").holds is False
     tasks, low, high = pd.Series(list("abcdef")), pd.Series([2.0, 2.5, 2.0, 1.5, 2.0, 2.0]), pd.Series([3.0] * 6)
-    assert conflict_claims.scores(low, high, tasks, "rule").holds is True
-    assert conflict_claims.scores(high, low, tasks, "rule").holds is False
-    assert conflict_claims.scores(low, low, tasks, "rule").holds is None
+    assert conflict_claims.scores(low, high, tasks, "rule", "here").holds is True
+    assert conflict_claims.scores(high, low, tasks, "rule", "here").holds is False
+    assert conflict_claims.scores(low, low, tasks, "rule", "here").holds is None
 
 
 # The arms' measures

@@ -47,9 +47,10 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     ):
         assert any(part in name for name in names), part
     for part in (
-        "SAIL on the focal",
-        "at least +30 points",
+        "SAIL on focal layers by drift",
+        "patching: at least +30 points",
         "above random layers",
+        "focal layers by drift above as many by patching",
         "plain DPO",
         "CRAS",
         "neurons keep",
