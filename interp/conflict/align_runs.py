@@ -30,6 +30,9 @@ HISTORY_COLUMNS = (
     Column(
         "chosen_nll", "float64", "nats", "negative log-probability of a token of the chosen answer, mean over pairs"
     ),
+    Column(
+        "anchor_kl", "float64", "nats", "KL(base ‖ policy) of a token of the anchors, mean over them; 0 without any"
+    ),
     Column("rejected_reward", "float64", "nats", "the same of the rejected answer"),
     Column("learning_rate", "float64", "", "of the step; missing for validation"),
     Column("grad_norm", "float64", "", "of the step, before clipping; missing for validation"),
@@ -75,6 +78,8 @@ class TrainingPlan:
         rank, lora_alpha: of LoRA.
         beta: of the loss.
         likelihood: weight of the chosen answer's own loss beside it.
+        anchors: token ids of ordinary texts, one for each pair in turn.
+        anchor_weight: weight of the divergence from the base on them.
         n_steps: optimiser steps.
         every: steps between validations and checkpoints.
         seed: of the adapter's first values and of the order of pairs.
@@ -86,6 +91,8 @@ class TrainingPlan:
     lora_alpha: float
     beta: float
     likelihood: float
+    anchors: tuple[tuple[int, ...], ...]
+    anchor_weight: float
     n_steps: int
     every: int
     seed: int
@@ -153,7 +160,7 @@ def history_frame(entries: Sequence[dict[str, Any]]) -> pd.DataFrame:
         split, prefix = ("validation", "eval_") if "eval_loss" in entry else ("train", "")
         if f"{prefix}loss" not in entry:
             continue
-        names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_nll")
+        names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_nll", "anchor_kl")
         row = {name: float(entry[prefix + name]) for name in names}
         row |= {name: float(entry.get(name, "nan")) for name in ("learning_rate", "grad_norm")}
         rows.append(

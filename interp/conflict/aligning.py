@@ -43,6 +43,7 @@ from interp.conflict.align_runs import (
     history_frame,
     open_run,
 )
+from interp.conflict.anchors import encode_anchors
 from interp.conflict.credits import Head, RewardModel, credit_pairs
 from interp.conflict.layer_arms import attention_projections, lora_parameters
 from interp.conflict.preference_table import Preference, read_preferences, tokenizer_hash
@@ -76,6 +77,8 @@ def align(
     alpha: float = 0.5,
     beta: float = 0.1,
     likelihood: float = 0.0,
+    anchors: Sequence[str] = (),
+    anchor_weight: float = 1.0,
     reward_model: Model | RewardModel | None = None,
     rank: int = 8,
     lora_alpha: float = 16.0,
@@ -107,6 +110,9 @@ def align(
         alpha, beta: of the loss.
         likelihood: weight of the chosen answer's own loss per token beside it, see `interp.conflict.sail_loss.chosen_nll`; 0
             in the published loss.
+        anchors: ordinary texts whose next tokens are to be predicted as before, see `interp.conflict.anchors`; none in the
+            published loss.
+        anchor_weight: weight of the divergence on them, per nat and token.
         reward_model: of credit "reward", see `interp.conflict.credits`.
         rank, lora_alpha: of LoRA; its scale is lora_alpha / rank.
         preset: "laptop" or "gpu": an `AlignSettings`; the next arguments change one of its entries.
@@ -145,6 +151,9 @@ def align(
     }
     settings = _settings(preset, changes)
     check_credit(credit, alpha, beta)
+    for name, weight in (("likelihood", likelihood), ("anchor_weight", anchor_weight)):
+        if not 0 <= weight < float("inf"):
+            raise InputError(f"{name}={weight}; expected a number of at least 0")
     chosen = tuple(sorted({model.arch.check_layer(layer) for layer in layers}))
     if not chosen or rank < 1:
         raise InputError(f"layers={list(chosen)}, rank={rank}; expected at least one layer and a rank of at least 1")
@@ -156,7 +165,10 @@ def align(
         raise InputError(f"{len(shared)} prompts are both in preferences and in validation; split by task")
     n_steps = _n_steps(settings, max_steps, len(train_pairs))
     every = checkpoint_steps or max(1, math.ceil(n_steps / settings.evaluations))
-    plan = TrainingPlan(settings, targets, rank, lora_alpha, beta, likelihood, n_steps, every, seed)
+    kept = tuple(encode_anchors(model, anchors))
+    plan = TrainingPlan(
+        settings, targets, rank, lora_alpha, beta, likelihood, kept, anchor_weight, n_steps, every, seed
+    )
     parameters = {
         "layers": list(chosen),
         "heads": None if heads is None else [list(head) for head in heads],
@@ -164,6 +176,8 @@ def align(
         "alpha": alpha,
         "beta": beta,
         "likelihood": likelihood,
+        "anchors": hashlib.sha256(repr(kept).encode()).hexdigest()[:16] if kept else None,
+        "anchor_weight": anchor_weight if kept else None,
         "reward_model": _named(reward_model),
         "rank": rank,
         "lora_alpha": lora_alpha,

@@ -2,7 +2,7 @@
 
 1. The dataset holds token ids, ℓ_ref and c_t of every answer token; nothing is tokenised or templated again.
 2. A step reads each prompt once for both answers (`interp.conflict.shared_prompts`) and takes `interp.conflict.sail_loss`. No
-   reference model runs, and below the lowest trained layer autograd keeps nothing.
+   reference model runs but for anchors (`interp.conflict.anchors`), and below the lowest trained layer autograd keeps nothing.
 3. Modules stay in evaluation mode: dropout would make a policy that is still the base differ from its reference.
 4. Checkpoints carry a mark that is written last; one without it was cut off by a kill and does not count.
 
@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from interp.batching import is_out_of_memory
+from interp.batching import is_out_of_memory, pad
 from interp.conflict.align_runs import MARK, AlignSettings, TrainingPlan, last_checkpoint
+from interp.conflict.anchors import anchor_divergence
 from interp.conflict.credits import CreditedPair
 from interp.conflict.sail_loss import chosen_nll, sail_loss
 from interp.conflict.shared_prompts import AnswerPairs, answer_log_probs, pad_pairs
@@ -36,8 +37,8 @@ from interp.model import Model
 __all__ = ["AlignSettings", "TrainingPlan", "build_trainer", "collate", "dataset_of", "train", "trainer_class"]
 
 
-def dataset_of(pairs: Sequence[CreditedPair]) -> Any:
-    """Credited pairs as a dataset in memory."""
+def dataset_of(pairs: Sequence[CreditedPair], anchors: Sequence[Sequence[int]] = ()) -> Any:
+    """Credited pairs as a dataset in memory; the i-th has the i-th anchor, or the one that comes after as many rounds."""
     from datasets import Dataset
 
     rows = [
@@ -49,14 +50,15 @@ def dataset_of(pairs: Sequence[CreditedPair]) -> Any:
             "rejected_reference": pair.rejected_reference.tolist(),
             "chosen_factors": pair.chosen_factors.tolist(),
             "rejected_factors": pair.rejected_factors.tolist(),
+            "anchor_ids": list(anchors[at % len(anchors)]) if anchors else [],
         }
-        for pair in pairs
+        for at, pair in enumerate(pairs)
     ]
     return Dataset.from_list(rows)
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """One batch: `AnswerPairs`' tensors, and reference and factors of the same shape as the answers."""
+    """One batch: `AnswerPairs`' tensors, reference and factors of the same shape as the answers, and anchors if there are any."""
     prompts, first, second = ([row[f"{name}_ids"] for row in rows] for name in ("prompt", "chosen", "rejected"))
     pairs = pad_pairs(prompts, first, second, pad_id)
     batch: dict[str, Any] = dict(vars(pairs))
@@ -66,6 +68,10 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
         for at, some in enumerate(given):
             values[at, : len(some)] = torch.tensor(some)
         batch[name] = values
+    anchors = [row["anchor_ids"] for row in rows]
+    if all(anchors):
+        padded = pad(anchors, range(len(anchors)), pad_id)
+        batch |= {"anchor_ids": padded.input_ids, "anchor_mask": padded.mask}
     return batch
 
 
@@ -137,12 +143,12 @@ def build_trainer(
             model=model.hf,
             args=arguments,
             data_collator=lambda rows: collate(rows, pad_id),
-            train_dataset=dataset_of(train),
-            eval_dataset=dataset_of(held) if held else None,
+            train_dataset=dataset_of(train, plan.anchors),
+            eval_dataset=dataset_of(held, plan.anchors) if held else None,
             processing_class=copy.deepcopy(model.tokenizer),  # trl writes its pad token
             peft_config=lora,
         )
-    trainer.likelihood = plan.likelihood
+    trainer.likelihood, trainer.anchor_weight = plan.likelihood, plan.anchor_weight
     trainer.model.peft_config["default"].base_model_name_or_path = model.name
     trainer.processing_class = None  # not needed in every checkpoint
     trainer.accelerator.device_placement = False
@@ -213,7 +219,7 @@ def trainer_class() -> Any:
     class SailTrainer(DPOTrainer):
         """See the module."""
 
-        likelihood = 0.0
+        likelihood = anchor_weight = 0.0
         earlier_seconds = 0.0
         started = 0.0
 
@@ -231,6 +237,11 @@ def trainer_class() -> Any:
                 names = ("prompt_ids", "prompt_mask", "answer_ids", "answer_mask")
                 pairs = AnswerPairs(*(inputs[name] for name in names)).to(home)
                 log_probs = answer_log_probs(model, pairs)
+                if "anchor_ids" in inputs:
+                    anchors = (inputs[name].to(home) for name in ("anchor_ids", "anchor_mask"))
+                    strayed = anchor_divergence(self.accelerator.unwrap_model(model), *anchors)
+                else:
+                    strayed = log_probs.new_zeros(len(pairs.prompt_ids))
             finally:
                 self.model.train(training)
             there = log_probs.device
@@ -250,9 +261,10 @@ def trainer_class() -> Any:
                 ("margin", margin),
                 ("accuracy", (margin > 0).float()),
                 ("chosen_nll", unlikely.detach()),
+                ("anchor_kl", strayed.detach()),
             ):
                 metrics[name].extend(values.tolist())  # by pair: a short last batch weighs less
-            loss = (losses.loss + self.likelihood * unlikely).mean()
+            loss = (losses.loss + self.likelihood * unlikely + self.anchor_weight * strayed.to(there)).mean()
             return (loss, {}) if return_outputs else loss
 
         def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -464,7 +464,7 @@ def test_left_as_it_was_puts_everything_back(model: Any) -> None:
 
 def test_history_of_what_a_trainer_logs() -> None:
     numbers = {"margin": 0.1, "accuracy": 0.5, "chosen_reward": 0.2, "rejected_reward": 0.1}
-    numbers |= {"chosen_nll": 1.5}
+    numbers |= {"chosen_nll": 1.5, "anchor_kl": 0.1}
     entries = [
         {"step": 1, "epoch": 0.5, "loss": 0.7, "learning_rate": 0.1, "grad_norm": 2.0, "seconds": 1.0, **numbers},
         {"step": 1, "epoch": 0.5, "eval_loss": 0.6, "seconds": 2.0, **{f"eval_{k}": v for k, v in numbers.items()}},
