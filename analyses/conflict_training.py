@@ -35,6 +35,7 @@ from interp.conflict.cras_summaries import answers as cras_by_answer
 from interp.conflict.pairs import HELD_OUT_FAMILIES, Pair
 from interp.conflict.preferences import counts
 from interp.conflict.verifiers import BUILT_IN
+from interp.report import titled
 from interp.report.claims import Claim
 from interp.results import Result
 
@@ -112,7 +113,7 @@ def align_arms(
                 model, place, name, preferences, validation, plan, located.heads, **settings
             )
             conflict_arms.measure(model, place, name, pairs, prose, adapter, job.template)
-        items.append(counts(preferences))
+        items.append(titled(counts(preferences), "Preference pairs"))
     if not record.exists():
         return False
     taught = json.loads(record.read_text())  # a shorter run may find fewer families followed than the one that trained
@@ -124,12 +125,13 @@ def align_arms(
         return False
     groups = family_groups(base[0], taught)
     table = conflict_arms.table(found, base, groups, {name: facts for name, facts in about.items() if facts})
-    items.append(table)
+    items.append(titled(table, "Arms on held-out tasks, beside the untrained model"))
     claims += arm_claims(table, found, groups)
     for name in LOCALISED:
         if name not in found:
             continue
-        items.append(conflict_arms.by_rule(found[name][0], base[0]))
+        by_rule = conflict_arms.by_rule(found[name][0], base[0])
+        items.append(titled(by_rule, f"{LOCALISED[name]}: each rule under conflict, before and after"))
         adapter = place / conflict_arms.folder_name(name) / "adapter"
         claims += after_claims(model, adapter, base[0], found[name][0], table, name)
         with adapted(model, adapter):
@@ -140,7 +142,10 @@ def align_arms(
                 out=adapter.parent / "drift",
                 progress=f"drift after, {name}",
             )
-        items += [plots.layer_profile(after), layer_scores(after)[LAYERS]]
+        items += [
+            plots.layer_profile(after),
+            titled(layer_scores(after)[LAYERS], f"{LOCALISED[name]}: drift after training"),
+        ]
     return True
 
 

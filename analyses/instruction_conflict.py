@@ -58,7 +58,7 @@ from interp.conflict import (
 from interp.conflict.local_judge import LocalJudge
 from interp.conflict.verifiers import BUILT_IN
 from interp.errors import InputError
-from interp.report import Section, write_report
+from interp.report import Section, titled, write_report
 from interp.report.claims import Claim, claims_frame, write_claims
 from interp.results import Result
 
@@ -171,7 +171,12 @@ def diagnose(job: Job, n_choose: int, n_floor: int, n_peer: int, n_judged: int) 
     pairs = make_pairs("held-out", n_floor, families=BUILT_IN)
     answers = follow(model, pairs, FLOOR, **ask, out=out / f"follow_held_out_{n_floor}")
     table = followed_rules(answers)
-    items += [plots.follow(answers), table, follow_summary(answers), answers]
+    items += [
+        plots.follow(answers),
+        titled(table, "Who follows what: share of answers that obey each rule (held-out tasks)"),
+        titled(follow_summary(answers), "The same with intervals, by prompt"),
+        answers,
+    ]
     if followed:
         claims.append(conflict_claims.loses(answers, followed))
     if n_peer:
@@ -182,17 +187,23 @@ def diagnose(job: Job, n_choose: int, n_floor: int, n_peer: int, n_judged: int) 
             **ask,
             out=out / f"follow_peer_{n_peer}",
         )
-        items += [plots.follow(peers), followed_rules(peers)]
+        items += [
+            plots.follow(peers),
+            titled(followed_rules(peers), "Another agent asks for the opposite: share of answers that obey each rule"),
+        ]
         if followed:
             claims.append(conflict_claims.loses(peers, followed))
     queries = queries_from_follow(answers, pairs, prompts=("system", "agree", "conflict"))
     by_rule = cras(RuleJudge(), queries, out=out / f"cras_rule_{n_floor}")
-    items += [plots.score(by_rule), cras_summary(by_rule)]
+    items += [plots.score(by_rule), titled(cras_summary(by_rule), "CRAS by the verifiers")]
     if n_judged:
         drawn = np.random.default_rng(0).permutation(len(queries))[:n_judged]  # of every prompt, rule and task
         some = [queries[at] for at in sorted(drawn)]
         graded = [cras(judge, some, out=out / f"cras_{name}_{n_judged}") for name, judge in judges(model).items()]
-        items += [cras_summary(graded[1]), compare_judges(graded)]
+        items += [
+            titled(cras_summary(graded[1]), "CRAS by the model as its own judge"),
+            titled(compare_judges(graded), "Do the two judges agree?"),
+        ]
     return followed
 
 
@@ -222,11 +233,13 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
         plots.localize(drift),
         plots.layer_profile(drift),
         plots.span_masses(drift),
-        layers[LAYERS],
-        heads.sort_values("excess", ascending=False).head(30),
-        thirds_of,
-        thirds_published,
-        stability_table(drift),
+        titled(layers[LAYERS], "Drift by layer: score, paraphrase control, and what is above it"),
+        titled(
+            heads.sort_values("excess", ascending=False).head(30), "The 30 heads that drift most beyond the control"
+        ),
+        titled(thirds_of, "Where the focal heads are"),
+        titled(thirds_published, "Where they are in the published form"),
+        titled(stability_table(drift), "Focal heads and layers of random halves, without each family, and of it alone"),
     ]
     some = make_pairs("localisation", n_patch)
     contrasts = make_contrasts(model, some, **ask, progress="answers to patch with").found
@@ -253,7 +266,12 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
         items.append(plots.patch(other))
     thirds_patched, agreed = thirds(patched, model.arch.n_layers), agreement_with_drift(patched, layers)
     claims += [conflict_claims.middle_patched(thirds_patched), conflict_claims.same_layers(agreed, "layers")]
-    items += [plots.patch(patched), recovery(patched), thirds_patched, agreed]
+    items += [
+        plots.patch(patched),
+        titled(recovery(patched), "What each patched layer brings back"),
+        titled(thirds_patched, "The same by thirds: share of the gap per layer, attention outputs"),
+        titled(agreed, "Drift and patching, by layer"),
+    ]
     if n_head_patch:
         few = some[:n_head_patch]
         by_head = patch(
@@ -267,7 +285,13 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
         )
         agreed_heads = agreement_with_drift(by_head, heads)
         claims.append(conflict_claims.same_layers(agreed_heads, "heads"))
-        items += [plots.patch(by_head), recovery(by_head).sort_values("change", ascending=False).head(20), agreed_heads]
+        items += [
+            plots.patch(by_head),
+            titled(
+                recovery(by_head).sort_values("change", ascending=False).head(20), "The 20 heads that bring back most"
+            ),
+            titled(agreed_heads, "Drift and patching, by head"),
+        ]
     focal = focal_heads(drift)
     tried = some[:n_ablate]
     ablated = ablate_heads(
@@ -281,7 +305,7 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
         progress="ablate",
     )
     claims.append(conflict_claims.heads_matter(ablation_summary(ablated)))
-    items += [plots.ablate_heads(ablated), ablation_summary(ablated)]
+    items += [plots.ablate_heads(ablated), titled(ablation_summary(ablated), "Focal heads ablated, and random sets")]
     layers = focal_layers(drift)
     by_layer = recovery(patched).query("site == 'attn_out'").nlargest(len(layers), "change")
     return Located(layers, sorted(int(layer) for layer in by_layer["layer"]), focal)

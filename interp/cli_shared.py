@@ -39,7 +39,10 @@ def save(result: Any, out: Path | None) -> None:
 
 
 def show(frame: pd.DataFrame, as_json: bool = False) -> None:
-    """Print a frame: JSON records, or a table with visible spaces in text, 4 digits in numbers and – for what is missing."""
+    """Print a frame: JSON records, or a table with visible spaces in text, 4 digits in numbers and – for what is missing.
+
+    A title that `interp.report.titled` gave it stands above.
+    """
     if as_json:
         print(frame.to_json(orient="records", force_ascii=False))
         return
@@ -64,4 +67,7 @@ def show(frame: pd.DataFrame, as_json: bool = False) -> None:
     for row in frame.itertuples(index=False):
         table.add_row(*map(cell, row))
     wide = None if sys.stdout.isatty() else 160
-    Console(width=wide, highlight=False).print(table)
+    console = Console(width=wide, highlight=False)
+    if frame.attrs.get("title"):
+        console.print(Text(f"\n{visible(str(frame.attrs['title']), inner=False)}", style="bold"))
+    console.print(table)

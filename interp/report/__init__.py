@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from interp.report.claims import Claim, claims_frame, read_claims, write_claims
 
 if TYPE_CHECKING:
-    from interp.report.page import Section, write_report
+    from interp.report.page import Section, titled, write_report
 
-__all__ = ["Claim", "Section", "claims_frame", "read_claims", "write_claims", "write_report"]
+__all__ = ["Claim", "Section", "claims_frame", "read_claims", "titled", "write_claims", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Section", "write_report"):
+    if name in ("Section", "titled", "write_report"):
         from interp.report import page  # jinja2 is loaded when a report is written
 
         return getattr(page, name)

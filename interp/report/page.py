@@ -46,7 +46,7 @@ class Section:
     Attributes:
         title: the heading.
         text: plain text; an empty line starts a paragraph.
-        items: results, figures or frames.
+        items: results, figures or frames (`titled` gives a frame a heading).
         claims: shown as a table.
         caption: below the items.
     """
@@ -119,6 +119,19 @@ def write_report(
     return write_atomically(path, lambda file: file.write(page.encode()))
 
 
+def titled(frame: "pd.DataFrame", title: str) -> "pd.DataFrame":
+    """The frame with a title, which stands above it in a report and where it is printed.
+
+    Example:
+        >>> import pandas as pd
+        >>> titled(pd.DataFrame({"layer": [3]}), "Focal layers").attrs["title"]
+        'Focal layers'
+    """
+    made = frame.copy()
+    made.attrs["title"] = title
+    return made
+
+
 def _page(title: str, sections: list[dict[str, Any]], drawn: bool) -> str:
     scripts = [_plotly_js(), _script("draw.js")] if drawn else []
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
@@ -162,7 +175,7 @@ def _block(item: object, rows: int, where: str) -> _Block:
         title = _plain(item.layout.title.text or "")
         return _Block(title=title, figure=_figure_json(item, where), height=_height(item))
     if isinstance(item, pd.DataFrame):
-        return _Block(table=Markup(table_html(item, rows)))
+        return _Block(title=str(item.attrs.get("title", "")), table=Markup(table_html(item, rows)))
     expected = "a Result, a plotly Figure, a DataFrame or a Section"
     raise InputError(f"{where} of the report is a {type(item).__name__}; expected {expected}")
 

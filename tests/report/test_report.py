@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 import pytest
 
 import interp.report
+from interp.cli_shared import show
 from interp.errors import InputError, ResourceError
 from interp.plotting import band, figure, token_axis
 from interp.report import Claim, Section, write_report
@@ -254,3 +255,20 @@ def test_screenshot_is_not_blank(page: Path, tmp_path: Path) -> None:
             chunks += content[position + 8 : position + 8 + length]
         position += 12 + length
     assert len(set(zlib.decompress(chunks))) > 50  # many different bytes: something is drawn
+
+
+@pytest.mark.parametrize("title", ["Focal layers", *HOSTILE])
+def test_a_frame_with_a_title_has_a_heading(tmp_path: Path, title: str, capsys: pytest.CaptureFixture) -> None:
+    plain = pd.DataFrame({"layer": [3]})
+    made = interp.report.titled(plain, title)
+    assert not plain.attrs
+    page = write_report([Section("Where", items=[made, plain])], tmp_path / "page.html").read_text()
+    assert page.count("<h3>") == 1
+    assert len(Elements(page).scripts) == 0
+    shown = html.unescape(page.split("<h3>")[1].split("</h3>")[0])
+    assert "Focal layers" not in title or shown == title
+    assert "<script>alert" not in page
+    show(made)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].strip() == "3"
+    assert "Focal layers" not in title or title in printed
