@@ -118,12 +118,12 @@ def same_layers(table: pd.DataFrame, what: str) -> Claim:
     )
 
 
-def heads_matter(table: pd.DataFrame) -> Claim:
-    """Ablating the focal heads moves the preference further than ablating random sets, whichever way."""
+def heads_matter(table: pd.DataFrame, how: str) -> Claim:
+    """Ablating the chosen heads moves the preference further than ablating random sets, whichever way."""
     rows = table.set_index("what")
     focal, difference = rows.loc["|focal|"], rows.loc["|focal| − |random|"]
     return Claim(
-        "focal heads matter: ablated together they move the preference further than random sets of heads",
+        f"heads chosen by {how} matter: ablated together they move the preference further than random sets",
         "ours",
         None,
         f"{focal['mean']:.3f} nats per token either way, random sets {rows.loc['|random|', 'mean']:.3f}; difference "

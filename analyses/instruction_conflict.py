@@ -293,19 +293,28 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
             titled(agreed_heads, "Drift and patching, by head"),
         ]
     focal = focal_heads(drift)
-    tried = some[:n_ablate]
-    ablated = ablate_heads(
-        model,
-        tried,
-        focal,
-        n_random_sets=n_sets,
-        contrasts={pair.id: contrasts[pair.id] for pair in tried if pair.id in contrasts},
-        **ask,
-        out=out / f"ablate_{n_ablate}_{n_sets}",
-        progress="ablate",
-    )
-    claims.append(conflict_claims.heads_matter(ablation_summary(ablated)))
-    items += [plots.ablate_heads(ablated), titled(ablation_summary(ablated), "Focal heads ablated, and random sets")]
+    chosen = {"drift": (focal, some[:n_ablate])}
+    if n_head_patch:
+        top = recovery(by_head).nlargest(len(focal), "change")
+        rest = some[n_head_patch : n_head_patch + n_ablate]  # not the pairs that chose them
+        chosen["patching"] = ([(int(row.layer), int(row.head)) for row in top.itertuples()], rest)
+    for how, (chosen_heads, tried) in chosen.items():
+        tried = [pair for pair in tried if pair.id in contrasts]
+        if not tried:
+            continue
+        ablated = ablate_heads(
+            model,
+            tried,
+            chosen_heads,
+            n_random_sets=n_sets,
+            contrasts={pair.id: contrasts[pair.id] for pair in tried},
+            **ask,
+            out=out / f"ablate_{how}_{n_ablate}_{n_sets}",
+            progress=f"ablate heads by {how}",
+        )
+        summary = ablation_summary(ablated)
+        claims.append(conflict_claims.heads_matter(summary, how))
+        items += [plots.ablate_heads(ablated), titled(summary, f"Heads chosen by {how} ablated, and random sets")]
     layers = focal_layers(drift)
     by_layer = recovery(patched).query("site == 'attn_out'").nlargest(len(layers), "change")
     return Located(layers, sorted(int(layer) for layer in by_layer["layer"]), focal)

@@ -138,7 +138,7 @@ def test_heads_matter(difference: tuple[float, float], p_sets: float, n_sets: in
         {"what": "|random|", "mean": 0.3, "low": 0.2, "high": 0.4, **common},
         {"what": "|focal| − |random|", "mean": 0.2, "low": difference[0], "high": difference[1], **common},
     ]
-    assert conflict_claims.heads_matter(pd.DataFrame(rows)).holds is holds
+    assert conflict_claims.heads_matter(pd.DataFrame(rows), "drift").holds is holds
 
 
 def arm_row(**changes: Any) -> pd.Series:

@@ -43,7 +43,8 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
         "middle layers (spans",
         "middle layers (published",
         "drift and patching",
-        "focal heads matter",
+        "heads chosen by drift matter",
+        "heads chosen by patching matter",
     ):
         assert any(part in name for name in names), part
     for part in (
