@@ -121,6 +121,8 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setitem(PRESETS, "laptop", AlignSettings(epochs=1.0, batch_size=2, gradient_accumulation=1))
     arguments = ["conflict", "align", "--pairs", 6, "--validation", 2, "--measure", 4, *SOME, "--model", folder]
+    (tmp_path / "notes.txt").write_text("The sea is cold. It rains.")
+    arguments += ["--anchors", f"mine={tmp_path / 'notes.txt'}"]
     rows = parsed(run(*arguments, "--out", tmp_path / "run", "--credit", "attention", "--json"))
     assert {(row["model"], row["prompt"]) for row in rows} == {
         (model, prompt) for model in ("before", "after") for prompt in ("agree", "conflict")
@@ -145,9 +147,12 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     # Layers by hand, without measuring.
     table = run(
         *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
-        *("--out", tmp_path / "other", "--layer", 0, "--layer", 2, "--credit", "none"),
+        *("--out", tmp_path / "other", "--layer", 0, "--layer", 2, "--credit", "none", "--anchors", "none"),
     )
     assert "loss" in table.stdout
+    for spec, message in (("random", "made of a vocabulary's tokens"), ("poems", "there is no domain 'poems'")):
+        with pytest.raises(InputError, match=message):
+            run("conflict", "align", *SOME, "--model", folder, "--out", tmp_path / "no", "--anchors", spec)
 
 
 @pytest.mark.parametrize(

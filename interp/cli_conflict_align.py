@@ -1,0 +1,165 @@
+"""`interp conflict align`: train the focal layers, and measure held-out tasks before and after."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interp.cli_conflict_shared import (
+    FamilyOption,
+    SettingOption,
+    TasksOption,
+    TemplateOption,
+    WordingOption,
+    make,
+    read_template,
+)
+from interp.cli_shared import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, SeedOption, load, show
+from interp.errors import InputError
+
+_N_ANCHORS = 300
+
+
+def conflict_align(
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for preferences, checkpoints and adapter; a run that was killed resumes."),
+    ],
+    layer: Annotated[
+        list[int] | None,
+        typer.Option("--layer", help="A layer to train; again for more. Default: the focal layers of --drift."),
+    ] = None,
+    drift: Annotated[
+        Path | None,
+        typer.Option(
+            "--drift", help="What `interp conflict localize --out` wrote; without it and --layer, it is measured here."
+        ),
+    ] = None,
+    credit: Annotated[
+        str, typer.Option("--credit", help="reward (released loss), attention (the abstract's), or none (plain DPO).")
+    ] = "reward",
+    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the credit; 0 is plain DPO.")] = 0.5,
+    beta: Annotated[float, typer.Option("--beta", help="Of DPO.")] = 0.1,
+    likelihood: Annotated[
+        float, typer.Option("--likelihood", help="Weight of the chosen answer's own loss; 0 in the published loss.")
+    ] = 0.2,
+    anchors: Annotated[
+        str,
+        typer.Option(
+            "--anchors",
+            help="Ordinary text whose next tokens stay: a domain (`interp sinks domains`), 'mine=notes/*.txt', or none, as in "
+            "the published loss.",
+        ),
+    ] = "editorials",
+    anchor_weight: Annotated[float, typer.Option("--anchor-weight", help="Of the divergence on them.")] = 2.0,
+    rank: Annotated[int, typer.Option("--rank", help="Of LoRA.")] = 8,
+    preset: Annotated[str, typer.Option("--preset", help="laptop (two cores) or gpu.")] = "laptop",
+    pairs: Annotated[int, typer.Option("--pairs", help="Training pairs of prompts.")] = 288,
+    validation: Annotated[
+        int, typer.Option("--validation", help="Validation pairs; training stops early on them.")
+    ] = 32,
+    balance: Annotated[
+        bool, typer.Option(help="Use as many pairs of a rule as of its opposite, and leave the rest out.")
+    ] = True,
+    family: FamilyOption = None,
+    wording: WordingOption = None,
+    setting: SettingOption = "user",
+    tasks: TasksOption = None,
+    template: TemplateOption = None,
+    measure: Annotated[
+        int,
+        typer.Option("--measure", help="Held-out pairs on which the model is measured before and after; 0 for none."),
+    ] = 48,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the focal layers to obey the system's rule (SAIL); print compliance on held-out tasks before and after."""
+    import pandas as pd
+
+    from interp.conflict import (
+        adapted,
+        align,
+        balanced,
+        focal_heads,
+        focal_layers,
+        follow,
+        follow_summary,
+        localize,
+        make_preferences,
+    )
+    from interp.results import load_result
+
+    read, texts = read_template(template), read_anchors(anchors)
+    training = make(pairs, "training", family, wording, setting, tasks, seed)
+    checking = make(validation, "validation", family, wording, setting, tasks, seed) if validation else []
+    held_out = make(measure, "held-out", family, wording, setting, tasks, seed) if measure else []
+    loaded = load(model, device, dtype)
+    measured = None
+    if drift is not None:
+        measured = load_result(drift)
+        if measured.provenance.fingerprint != loaded.fingerprint:
+            raise InputError(
+                f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or name layers with --layer"
+            )
+    elif not layer or credit == "attention":
+        where = make(96, "localisation", family, wording, setting, tasks, seed)
+        measured = localize(loaded, where, template=read, out=out / "drift")
+    layers = list(layer) if layer else focal_layers(measured)  # type: ignore[arg-type]
+    print(f"layers: {', '.join(map(str, layers))}", file=sys.stderr)
+    preferences = make_preferences(loaded, training, template=read, out=out / "preferences")
+    checks = make_preferences(loaded, checking, template=read, out=out / "validation") if checking else None
+    history = align(
+        loaded,
+        balanced(preferences) if balance else preferences,
+        layers,
+        out=out / "run",
+        validation=balanced(checks) if checks is not None and balance else checks,
+        heads=focal_heads(measured) if credit == "attention" and measured is not None else None,
+        credit=credit,
+        alpha=alpha,
+        beta=beta,
+        likelihood=likelihood,
+        anchors=texts,
+        anchor_weight=anchor_weight,
+        rank=rank,
+        preset=preset,
+        seed=seed,
+    )
+    adapter = out / "run" / "adapter"
+    print(f"wrote {adapter}", file=sys.stderr)
+    if not held_out:
+        show(history.frame.tail(5), as_json)
+        return
+    prompts = ("agree", "conflict")
+    before = follow(loaded, held_out, prompts, template=read, out=out / "before")
+    with adapted(loaded, adapter):
+        after = follow(loaded, held_out, prompts, template=read, out=out / "after")
+    parts = [
+        follow_summary(result, ("family",)).assign(model=name)
+        for name, result in (("before", before), ("after", after))
+    ]
+    columns = ["family", "prompt", "model", "obeys_system", "low", "high", "obeys_user", "n"]
+    show(pd.concat(parts)[columns].sort_values(["prompt", "family"], kind="stable"), as_json)
+
+
+def read_anchors(spec: str) -> list[str]:
+    """The texts that --anchors names: the first 300 documents of a domain.
+
+    Raises:
+        InputError: no such domain, or one of token ids; see `interp.sinks.domains.read_domain`.
+    """
+    from interp.sinks.domains import read_domain
+
+    if spec == "none":
+        return []
+    name, documents = read_domain(spec, n=_N_ANCHORS)
+    texts = [text for text in documents[:_N_ANCHORS] if isinstance(text, str)]
+    if not texts:
+        raise InputError(f"--anchors {spec!r}: domain {name!r} has no text; expected editorials, for example, or none")
+    return texts
