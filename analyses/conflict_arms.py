@@ -1,7 +1,8 @@
 """Train adapters on different layers and measure each on held-out tasks, beside the model as it was.
 
 1. Arms of equal size (`interp.conflict.layer_arms`): the focal layers with the released credit, with the abstract's credit
-   and with plain DPO; layers by patching, random ones, the first, the last, and all layers with a smaller rank.
+   and with plain DPO, and by the loss as it was published; layers by patching, random ones, the first, the last, and all
+   layers with a smaller rank.
 2. Each is measured on held-out pairs (`follow`), on prose (loss of every text, share of positions with the same top token),
    and by its size. Nothing is chosen on these.
 3. Changes are paired: the same pair, or the same text, before and after; intervals are over tasks, or over texts.
@@ -43,6 +44,7 @@ ARMS: dict[str, tuple[str, str]] = {
     "focal": ("focal", "reward"),
     "focal, attention credit": ("focal", "attention"),
     "focal, plain DPO": ("focal", "none"),
+    "focal, as published": ("focal", "reward"),
     "random 0": ("random-0", "reward"),
     "random 1": ("random-1", "reward"),
     "random 2": ("random-2", "reward"),
@@ -51,6 +53,8 @@ ARMS: dict[str, tuple[str, str]] = {
     "last": ("last", "reward"),
     "all": ("all", "reward"),
 }
+# Without the two terms that the published loss does not have: the chosen answer's own loss, and anchors.
+AS_PUBLISHED = {"likelihood": 0.0, "anchors": ()}
 
 
 def chosen_layers(model: Any, layers: Sequence[int], patched: Sequence[int], n_random: int = 3) -> dict[str, LayerArm]:
@@ -70,6 +74,8 @@ def train_arm(
 ) -> Path:
     """Train one arm, or find that it is trained; returns the adapter's folder."""
     which, credit = ARMS[name]
+    if name == "focal, as published":
+        settings |= AS_PUBLISHED
     arm = layers[which]
     align(
         model,

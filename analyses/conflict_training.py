@@ -38,7 +38,11 @@ from interp.conflict.verifiers import BUILT_IN
 from interp.report import titled
 from interp.report.claims import Claim
 from interp.results import Result
+from interp.sinks.domains import domain_documents
 
+# Beside the published loss, which by itself wins the conflict at the price of the language: chosen on validation tasks.
+SETTINGS: dict[str, Any] = {"likelihood": 0.2, "anchor_weight": 2.0}
+N_ANCHORS = 300  # editorials; the prose that is measured is other text
 # Arms whose layers were localised, and how.
 LOCALISED = {"focal": "focal layers by drift", "patched": "as many layers by patching"}
 # Columns of a table of layers that are printed.
@@ -91,6 +95,9 @@ def align_arms(
         print("interp: no family of rules is followed at all, so that none can be trained", file=sys.stderr)
         return False
     if train:
+        settings = SETTINGS | settings
+        if "anchors" not in settings:
+            settings["anchors"] = [str(text) for text in domain_documents("editorials")[:N_ANCHORS]]
         write_atomically(record, lambda file: file.write(json.dumps(taught).encode()))
         preferences, validation = (
             balanced(
@@ -197,6 +204,15 @@ def arm_claims(
         },
         **({"focal layers by drift above as many by patching": [found["patched"][0]]} if "patched" in found else {}),
         **({"focal layers above all layers with a smaller rank": [found["all"][0]]} if "all" in found else {}),
+        **(
+            {
+                "with the chosen answer's own loss and anchors above the loss as published": [
+                    found["focal, as published"][0]
+                ]
+            }
+            if "focal, as published" in found
+            else {}
+        ),
         **({"released credit above plain DPO": [found["focal, plain DPO"][0]]} if "focal, plain DPO" in found else {}),
     }
     made += [

@@ -91,7 +91,7 @@ def run(
     n_ablate: int = 48,
     n_sets: int = 40,
     train: Sequence[str] = (),
-    n_train: int = 240,
+    n_train: int = 576,
     n_validation: int = 24,
     n_measure: int = 96,
     n_others: int = 40,

@@ -19,7 +19,13 @@ from interp.report.claims import read_claims
 SMALL: dict[str, Any] = {
     **{"n_choose": 64, "n_floor": 32, "n_peer": 32, "n_judged": 4, "n_localise": 24, "n_patch": 26},
     **{"n_head_patch": 6, "n_ablate": 8, "n_sets": 4, "n_train": 8, "n_validation": 4, "n_measure": 8, "n_others": 8},
-    "settings": {"epochs": 1.0, "batch_size": 2, "gradient_accumulation": 1, "progress": False},
+    "settings": {
+        "epochs": 1.0,
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "progress": False,
+        "anchors": ["The sea is cold."],
+    },
 }
 
 
@@ -34,7 +40,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_all_stages(model: Any, tmp_path: Path) -> None:
-    arms = ["focal", "focal, plain DPO", "focal, attention credit", "random 0", "patched", "all"]
+    arms = ["focal", "focal, plain DPO", "focal, attention credit", "random 0", "patched", "all", "focal, as published"]
     section = instruction_conflict.run(model, tmp_path, train=arms, **SMALL)
     names = [claim.claim for claim in section.claims]
     assert read_claims(tmp_path / "claims.json") == section.claims
@@ -53,6 +59,7 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
         "above random layers",
         "focal layers by drift above as many by patching",
         "plain DPO",
+        "anchors above the loss as published",
         "CRAS",
         "neurons keep",
     ):

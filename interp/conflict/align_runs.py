@@ -49,7 +49,7 @@ class AlignSettings:
 
     Attributes:
         learning_rate: highest one; a linear schedule with a warm-up.
-        epochs: passes over the pairs.
+        epochs: passes over the pairs; in a second one the embedded model learns them by heart.
         batch_size: pairs per forward pass.
         gradient_accumulation: forward passes per optimiser step.
         evaluations: how often a run is validated and saved, where `checkpoint_steps` does not say.
@@ -59,7 +59,7 @@ class AlignSettings:
     """
 
     learning_rate: float = 2e-3
-    epochs: float = 2.0
+    epochs: float = 1.0
     batch_size: int = 4
     gradient_accumulation: int = 1
     evaluations: int = 5
