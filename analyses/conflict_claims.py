@@ -51,17 +51,16 @@ def who(answers: Result) -> str:
     return {"peer": "other agent", "user": "user"}[settings.pop()] if len(settings) == 1 else "user or other agent"
 
 
-def drifts(heads: pd.DataFrame) -> Claim:
-    """Some heads' attention changes with the conflict more than with other words."""
+def drifts(heads: pd.DataFrame, control: str = "a paraphrase") -> Claim:
+    """Some heads' attention changes with the conflict more than with what the control changes."""
     moved = heads[(heads["q"] <= 0.05) & (heads["excess"] > 0)]
     top = heads.loc[heads["excess"].idxmax()]
     return Claim(
-        "some heads' attention drifts under conflict, beyond what a paraphrase does",
+        f"some heads' attention drifts under conflict, beyond what {control} does",
         PAPER,
         None,
         f"{len(moved)} of {len(heads)} heads (q ≤ .05); most L{top['layer']:.0f}H{top['head']:.0f}: score "
-        f"{top['score']:.2f}, paraphrase "
-        f"{top['control']:.2f}, excess {top['excess']:+.2f} (its interval; q decides)",
+        f"{top['score']:.2f}, control {top['control']:.2f}, excess {top['excess']:+.2f} (its interval; q decides)",
         _interval(top["low"], top["high"]),
         int(top["n_pairs"]),
         bool(len(moved)),  # the interval is that of the largest head, chosen for being so

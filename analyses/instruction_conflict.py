@@ -221,18 +221,23 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
     published = localize(
         model, pairs, align="truncate", consistent="system", **ask, out=out / f"drift_published_{n_localise}"
     )
-    heads, layers = head_scores(drift), layer_scores(drift)
+    beyond = localize(model, pairs, control="other", **ask, out=out / f"drift_other_{n_localise}")
+    heads, layers, heads_beyond = head_scores(drift), layer_scores(drift), head_scores(beyond)
     thirds_of = middle_layers(drift)
     thirds_published = middle_layers(published, score="score")
     claims += [
         conflict_claims.drifts(heads),
+        conflict_claims.drifts(heads_beyond, "another demand, which can be obeyed as well,"),
         conflict_claims.middle(thirds_of, "spans, beyond the paraphrase"),
+        conflict_claims.middle(middle_layers(beyond), "spans, beyond another demand"),
         conflict_claims.middle(thirds_published, "published form: truncated rows, no control"),
     ]
     items += [
         plots.localize(drift),
         plots.layer_profile(drift),
         plots.span_masses(drift),
+        plots.layer_profile(beyond),
+        titled(shared_focal(heads, heads_beyond), "Focal heads beyond either control"),
         titled(layers[LAYERS], "Drift by layer: score, paraphrase control, and what is above it"),
         titled(
             heads.sort_values("excess", ascending=False).head(30), "The 30 heads that drift most beyond the control"
@@ -318,6 +323,21 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
     layers = focal_layers(drift)
     by_layer = recovery(patched).query("site == 'attn_out'").nlargest(len(layers), "change")
     return Located(layers, sorted(int(layer) for layer in by_layer["layer"]), focal)
+
+
+def shared_focal(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """How many heads are focal beyond both controls, by chance, and how the two rank all heads."""
+    place = ["layer", "head"]
+    both = first.merge(second, on=place, suffixes=("", "_other"))
+    shared = int((both["focal"] & both["focal_other"]).sum())
+    n = int(both["focal"].sum())
+    rank = both["excess"].corr(both["excess_other"], method="spearman")
+    row = {"focal": n, "shared": shared, "expected": n * both["focal_other"].mean(), "rank_correlation": rank}
+    moved = {
+        f"n_above_{name}": int(((both[f"q{end}"] <= 0.05) & (both[f"excess{end}"] > 0)).sum())
+        for name, end in (("paraphrase", ""), ("other_demand", "_other"))
+    }
+    return pd.DataFrame([row | moved | {"n_heads": len(both)}])
 
 
 def stability_table(drift: Result) -> pd.DataFrame:

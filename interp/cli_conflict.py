@@ -128,6 +128,12 @@ def conflict_localize(
     consistent: Annotated[
         str, typer.Option("--consistent", help="agree: the user repeats the rule; system: no user rule, as published.")
     ] = "agree",
+    control: Annotated[
+        str,
+        typer.Option(
+            "--control", help="Beyond what: paraphrase, or other: a demand of another kind that can be obeyed as well."
+        ),
+    ] = "paraphrase",
     patch: Annotated[
         int, typer.Option("--patch", help="Also patch every layer on this many of the pairs: does drift mean anything?")
     ] = 0,
@@ -147,7 +153,7 @@ def conflict_localize(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Which layers' and heads' attention drifts under conflict, beyond a paraphrase; the focal ones."""
+    """Which layers' and heads' attention drifts under conflict, beyond a control; the focal ones."""
     from interp.conflict import agreement_with_drift, head_scores, layer_scores, localize, plots, recovery
     from interp.conflict import patch as patch_layers
 
@@ -155,7 +161,7 @@ def conflict_localize(
     loaded = load(model, device, dtype)
     folder = out if out is not None and out.suffix != ".parquet" else None
     read = read_template(template)
-    result = localize(loaded, chosen, align=align, consistent=consistent, template=read, out=folder)
+    result = localize(loaded, chosen, align=align, consistent=consistent, control=control, template=read, out=folder)
     if folder is None:
         save(result, out)
     layers, scored = layer_scores(result, seed=seed), head_scores(result, seed=seed)

@@ -166,6 +166,7 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
             "--template 'none.jinja'; expected chatml, plain or a file",
         ),
         (["localize", "--pairs", "2", "--align", "middle"], "middle"),
+        (["localize", "--pairs", "2", "--control", "none"], "paraphrase, other"),
         (["score", "--judge", "api"], "--judge api needs --base-url"),
         (["score", "--judge", "boss"], "--judge boss; expected rule, local or api"),
         (["score", "--weight", "goal"], "--weight 'goal'; expected DIMENSION=λ"),

@@ -36,7 +36,7 @@ from interp.results import Column, Result
 from interp.shards import ShardedRun
 
 # Prompts with a system turn: without one there is no role to keep to.
-WITH_ROLE = ("system", "agree", "paraphrase", "conflict")
+WITH_ROLE = ("system", "agree", "paraphrase", "other", "conflict")
 SCORE_COLUMNS = (
     Column("query", "str", "", "id of the query"),
     Column("turn", "int32", "", "turn of the dialogue"),

@@ -3,9 +3,9 @@
 1. Each measure's mean over pairs is scaled by its range over all heads in the conflict contrast; the weighted sum is the
    published score S (`interp.conflict.drift`). The score is linear in the pairs, so every pair has one in either contrast
    on this scale.
-2. Excess = conflict − paraphrase, pair by pair: drift that the paraphrase control does not explain.
+2. Excess = conflict − control, pair by pair: drift that the control (a paraphrase, or another demand) does not explain.
 3. The unit is the task: pairs of one task are not independent. Intervals draw tasks with replacement; the permutation test
-   exchanges the labels conflict and paraphrase of all pairs of a task at once; q is Benjamini & Hochberg's over all heads,
+   exchanges the labels conflict and control of all pairs of a task at once; q is Benjamini & Hochberg's over all heads,
    or all layers. The scale is taken as it is in both.
 4. Focal heads: the top share (10 %) by excess, or by the published score. A layer's score is the mean over its heads, D =
    mean_h S; focal layers are the smallest set that holds half of the focal heads ("half"), or those with D > μ + σ over
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from interp.conflict.drift import MEASURES, combine, pooled_direction, ranges
-from interp.conflict.localization import CONTRASTS, KIND
+from interp.conflict.localization import CONFLICT, KIND
 from interp.errors import InputError
 from interp.intervals import bootstrap_mean_clustered, false_discovery, paired_permutation_test
 from interp.results import Result
@@ -37,7 +37,7 @@ class Drifts:
     """A localisation's measures as arrays.
 
     Attributes:
-        values: (pair, contrast, layer, head, measure), contrasts and measures in the order of `CONTRASTS` and `MEASURES`.
+        values: (pair, contrast, layer, head, measure), contrasts: the conflict and its control; measures: `MEASURES`.
         norms: (prompt, pair, layer, head) Euclidean norms of the consistent and the conflicting prompt's attention.
         tasks: (pair,) ids.
         families: (pair,) names.
@@ -66,9 +66,9 @@ def drifts(result: Result) -> Drifts:
     _, first, pair = np.unique(frame["pair"].cat.codes.to_numpy(), return_index=True, return_inverse=True)
     layers, layer = np.unique(frame["layer"].to_numpy(), return_inverse=True)
     heads, head = np.unique(frame["head"].to_numpy(), return_inverse=True)
-    contrast = (frame["contrast"].astype(str) == CONTRASTS[1]).to_numpy().astype(int)
+    contrast = (frame["contrast"].astype(str) != CONFLICT).to_numpy().astype(int)
     at = (pair, contrast, layer, head)
-    shape = (len(first), len(CONTRASTS), len(layers), len(heads))
+    shape = (len(first), 2, len(layers), len(heads))
     values, norms = np.full((*shape, len(MEASURES)), np.nan), np.full((2, *shape), np.nan)
     for index, name in enumerate(MEASURES):
         values[(*at, index)] = frame[f"delta_{name}"].to_numpy()
@@ -105,7 +105,7 @@ def head_scores(
 
     Returns:
         One row per layer and head: delta_mag, delta_dir, delta_dist (means over pairs, conflict contrast), score (S),
-        score_pooled (S with the published pooled direction), control (paraphrase contrast on the same scale), excess (score
+        score_pooled (S with the published pooled direction), control (the control's contrast on the same scale), excess (score
         − control), low, high (its interval), p, q, n_pairs, n_tasks, focal, focal_published (top share by score_pooled).
         Interval and p need two tasks.
 

@@ -17,6 +17,7 @@ _LOOKS = {
     "user": ("rule in the user turn", PALETTE[2], "square"),
     "agree": ("in both", PALETTE[5], "diamond"),
     "paraphrase": ("in both, other words", PALETTE[3], "x"),
+    "other": ("in the system turn, another demand from the user", PALETTE[4], "cross"),
     "conflict": ("in the system turn, the opposite from the user", PALETTE[1], "triangle-up"),
 }
 _ROW = 46  # pixels of a rule

@@ -1,16 +1,17 @@
 """Localise a conflict: how far each head's attention at the last prompt token drifts when system and user disagree.
 
 1. Each pair gives three prompts of one task (`interp.conflict.pairs`): the consistent one, the conflicting one, and a
-   paraphrase that is as consistent as the first, in other words: the control for drift that rewording alone causes.
+   control: a paraphrase, which is as consistent as the first, for drift that rewording alone causes; or another demand that
+   can be obeyed as well, for drift that any second demand causes.
 2. The last token's attention row of every head is reduced to the spans' masses (`interp.conflict.last_rows`).
-3. Two contrasts, consistent against conflict and consistent against paraphrase, are measured per pair and head
+3. Two contrasts, consistent against conflict and consistent against control, are measured per pair and head
    (`interp.conflict.drift`). Spans are the same pieces in both prompts wherever their tokens are; the published form
    (`align="truncate"`) compares keys by their number, cut to the shortest prompt's length, also where they are of different
    pieces.
 4. Scores, tests and focal heads are read off the table without the model: `interp.conflict.focal`.
 
 With `consistent="system"`, as published, the consistent prompt has no user rule: its span is empty there, and drift
-includes that a piece was added; the paraphrase contrast, an added rule that agrees, shows how much that is.
+includes that a piece was added; the control's contrast, an added rule that agrees, shows how much that is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from interp.results import Column, Result
 from interp.shards import ShardedRun
 
 KIND = "conflict.localize"
-CONTRASTS = ("conflict", "paraphrase")
+CONFLICT, CONTROLS = "conflict", ("paraphrase", "other")
 CONSISTENT = ("agree", "system")
 _BATCHES = 4  # in a group of pairs: enough that sorting by length saves padding
 _KEPT_BYTES = 2**27  # of truncated rows, on the CPU
@@ -75,12 +76,13 @@ def localize(
     *,
     align: str = "spans",
     consistent: str = "agree",
+    control: str = "paraphrase",
     template: str | None = None,
     max_tokens: int = 4096,
     out: str | Path | None = None,
     progress: bool | str = True,
 ) -> Result:
-    """Attention drift of every head on every pair, with the paraphrase control.
+    """Attention drift of every head on every pair, with a control.
 
     Args:
         model: a causal LM with a tokenizer.
@@ -89,6 +91,8 @@ def localize(
             shortest of all prompts (published).
         consistent: what the other prompts are compared with: "agree" (the user repeats the system's rule in other words) or
             "system" (no user rule; published).
+        control: "paraphrase" (the user repeats the system's rule in other words still) or "other" (the user asks for something
+            else that can be obeyed as well: drift beyond it is not that of any second demand).
         template: see `encode_dialogue`.
         max_tokens: budget of padded tokens in a batch.
         out: a folder; each group of pairs becomes a shard there, and a run that was interrupted goes on where it was.
@@ -99,8 +103,8 @@ def localize(
         spans in both prompts. Summaries: `head_scores`, `layer_scores`, `stability`, `middle_layers`.
 
     Raises:
-        InputError: no pair, ids that come twice, an unknown `align` or `consistent`, an encoder; a pair without one of the
-            prompts, whose prompts ask different tasks, whose pieces are not found, or that is longer than the context
+        InputError: no pair, ids that come twice, an unknown `align`, `consistent` or `control`, an encoder; a pair without
+            one of the prompts, whose prompts ask different tasks, whose pieces are not found, or that is longer than the context
             (which pair is said).
         ModelError: attention that is not softmax attention (the layers are named).
         MemoryBudgetError: one prompt alone does not fit.
@@ -112,13 +116,14 @@ def localize(
         [(14, 3), (17, 8), (12, 0)]
     """
     start = time.perf_counter()
-    names, encoded = _encode(model, pairs, align, consistent, template)
+    names, encoded = _encode(model, pairs, align, consistent, control, template)
     lengths = [len(prompt.ids) for trio in encoded for prompt in trio]
     n_keys = min(lengths) if align == "truncate" else 0
     groups = _groups(model, len(pairs), max_tokens, max(lengths), n_keys)
     parameters = {
         "align": align,
         "consistent": consistent,
+        "control": control,
         "template": template,
         "n_pairs": len(pairs),
         "n_layers": model.arch.n_layers,
@@ -157,14 +162,22 @@ def localize(
     return Result(KIND, _joined(frames), DRIFT_COLUMNS, made)
 
 
+def control_of(result: Result) -> str:
+    """Which control a localisation has: the contrast that is not the conflict."""
+    names = [str(name) for name in result.frame["contrast"].unique() if name != CONFLICT]
+    return names[0] if names else CONTROLS[0]
+
+
 def _encode(
-    model: Model, pairs: Sequence[Pair], align: str, consistent: str, template: str | None
+    model: Model, pairs: Sequence[Pair], align: str, consistent: str, control: str, template: str | None
 ) -> tuple[tuple[str, ...], list[tuple[Encoded, ...]]]:
     """Each pair's three prompts, so that whatever is wrong with one is said before the model runs."""
     if align not in ALIGNMENTS:
         raise InputError(f"align={align!r}; expected one of {', '.join(ALIGNMENTS)}")
     if consistent not in CONSISTENT:
         raise InputError(f"consistent={consistent!r}; expected one of {', '.join(CONSISTENT)}")
+    if control not in CONTROLS:
+        raise InputError(f"control={control!r}; expected one of {', '.join(CONTROLS)}")
     if not pairs:
         raise InputError("no pairs were given; expected at least one, such as interp.conflict.make_pairs() gives")
     check_causal(model)
@@ -172,7 +185,7 @@ def _encode(
     twice = next((name for name in ids if ids.count(name) > 1), None) if len(set(ids)) < len(ids) else None
     if twice is not None:
         raise InputError(f"pair {twice!r} comes twice; every pair needs an id of its own")
-    names = (consistent, *CONTRASTS)
+    names = (consistent, CONFLICT, control)
     encoded = []
     for pair in pairs:
         prompts = encode_pair(model, pair, names, template=template)
@@ -209,7 +222,7 @@ def _frame(pairs: Sequence[Pair], names: Sequence[str], seen: LastRows, align: s
         name: pd.Categorical(values, categories=list(dict.fromkeys(values)))[spread(place[0])]
         for name, values in zip(_KEYS, zip(*facts, strict=True), strict=True)
     }
-    columns["contrast"] = pd.Categorical(CONTRASTS, categories=list(CONTRASTS))[spread(place[1])]
+    columns["contrast"] = pd.Categorical(list(names[1:]), categories=list(names[1:]))[spread(place[1])]
     columns |= {"layer": spread(place[2]), "head": spread(place[3])}
     columns |= {f"delta_{name}": values.ravel() for name, values in found.items()}
     columns |= {"consistent_norm": spread(norms[:, :1]), "compared_norm": spread(norms[:, 1:])}

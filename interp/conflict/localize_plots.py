@@ -11,17 +11,24 @@ from typing import Any
 
 from interp.conflict.dialogues import SPANS
 from interp.conflict.focal import head_scores, layer_scores
-from interp.conflict.span_attention import PROMPTS, attention_by_span
+from interp.conflict.localization import CONFLICT, control_of
+from interp.conflict.span_attention import attention_by_span
 from interp.plotting import DIVERGING, PALETTE, REFERENCE, SEQUENTIAL, band, cap_cells, figure, for_plotly, to_float32
 from interp.results import Result
 
 _TITLES = {
-    "excess": "Drift under conflict beyond the paraphrase control",
+    "excess": "Drift under conflict beyond the control",
     "score": "Drift under conflict, S",
     "score_pooled": "Drift under conflict, S as published",
 }
+_CONTROLS = {"paraphrase": "paraphrase", "other": "another demand"}
 # Prompts keep their colour and their dash in every picture.
-_LOOKS = {"consistent": (REFERENCE, "dot"), "paraphrase": (PALETTE[0], "dash"), "conflict": (PALETTE[1], "solid")}
+_LOOKS = {
+    "consistent": (REFERENCE, "dot"),
+    "paraphrase": (PALETTE[0], "dash"),
+    "other": (PALETTE[0], "dash"),
+    "conflict": (PALETTE[1], "solid"),
+}
 
 
 def localize(result: Result, score: str = "excess", share: float = 0.1) -> Any:
@@ -39,7 +46,9 @@ def localize(result: Result, score: str = "excess", share: float = 0.1) -> Any:
     grids = {name: table.pivot(index="layer", columns="head", values=name) for name in {score, *names}}
     values = cap_cells(grids[score].to_numpy())
     drawn = figure(_TITLES[score], "head", "layer", subtitle=_subtitle(result))
-    hover = "layer %{y}, head %{x}<br>conflict %{customdata[0]:.3f} − paraphrase %{customdata[1]:.3f} = %{customdata[2]:.3f}"
+    hover = (
+        "layer %{y}, head %{x}<br>conflict %{customdata[0]:.3f} − control %{customdata[1]:.3f} = %{customdata[2]:.3f}"
+    )
     drawn.add_trace(
         go.Heatmap(
             z=values,
@@ -71,7 +80,7 @@ def localize(result: Result, score: str = "excess", share: float = 0.1) -> Any:
 
 
 def layer_profile(result: Result, score: str = "excess", share: float = 0.1) -> Any:
-    """A layer's drift under conflict and under paraphrase, means over its heads with 95 % intervals over tasks.
+    """A layer's drift under conflict and under the control, means over its heads with 95 % intervals over tasks.
 
     Args:
         result: what `interp.conflict.localize` gave.
@@ -81,7 +90,8 @@ def layer_profile(result: Result, score: str = "excess", share: float = 0.1) -> 
 
     table = layer_scores(result, score=score, share=share)
     drawn = figure("Drift by layer", "layer", "D, mean over heads", subtitle=_subtitle(result))
-    shown = (("control", "paraphrase", "control: paraphrase"), ("score", "conflict", "conflict"))
+    control = control_of(result)
+    shown = (("control", control, f"control: {_CONTROLS[control]}"), ("score", "conflict", "conflict"))
     for name, prompt, label in shown:
         ends = (table[f"{name}_low"], table[f"{name}_high"])
         band(drawn, table["layer"], table[name], *ends, name=label, color=_LOOKS[prompt][0])
@@ -136,7 +146,7 @@ def span_masses(result: Result, heads: Sequence[tuple[int, int]] | None = None) 
     )
     look = figure("Where the last prompt token looks", "", "", subtitle=f"{_subtitle(result)}; {of}").layout
     for at, span in enumerate(SPANS):
-        for prompt in PROMPTS:
+        for prompt in ("consistent", control_of(result), CONFLICT):
             rows = table[(table["span"] == span) & (table["prompt"] == prompt)]
             color, dash = _LOOKS[prompt]
             band(drawn, rows["layer"], rows["mean"], rows["low"], rows["high"], name=prompt, color=color)
@@ -157,4 +167,6 @@ def _subtitle(result: Result) -> str:
     made = result.provenance.parameters
     n_pairs, n_tasks = (result.frame[name].astype(str).nunique() for name in ("pair", "task"))
     form = "span masses" if made.get("align") == "spans" else f"first {made.get('n_keys')} keys"
-    return f"{result.provenance.model}; {n_pairs} pairs of {n_tasks} tasks; {form}, against prompt {made.get('consistent')!r}"
+    control = _CONTROLS[control_of(result)]
+    against = f"against prompt {made.get('consistent')!r}, control: {control}"
+    return f"{result.provenance.model}; {n_pairs} pairs of {n_tasks} tasks; {form}, {against}"

@@ -5,7 +5,9 @@
     "system"       rule A            task                           does it obey the system turn (the published "normal" prompt)
     "user"                           task, rule A                   does it obey the rule at all
     "agree"        rule A            task, rule A in other words    the consistent prompt
-    "paraphrase"   rule A            task, rule A in others still   the control: as "agree", no conflict, other words
+    "paraphrase"   rule A            task, rule A in others still   a control: as "agree", no conflict, other words
+    "other"        rule A            task, a rule about another     a control: something else is asked, and both can be obeyed
+                                     matter
     "conflict"     rule A            task, rule A′                  the conflicting prompt
 
 A and A′ are the two rules of a family, and either may stand in the system turn ("swapped" roles). In the setting "peer" the
@@ -14,7 +16,8 @@ second rule does not come from the user but from another agent in a dialogue of 
     system: rule A · user: the task · assistant: a promise to answer · user: "Message from agent Ben: rule A′"
 
 Texts of one number have one form in both rules of a family ("Use capital letters only.", "Use lowercase letters only."): the
-paraphrase and the conflicting rule have the same form, another than the rule in "agree" has. Wordings are rotated over tasks,
+paraphrase and the conflicting rule have the same form, another than the rule in "agree" has. The rule about another matter is
+one of language; where the family is that of language itself, one of the number of sentences. Wordings are rotated over tasks,
 so that no drift is that of one sentence. Tasks are split into parts that share none, and two
 families are held out of localisation and training.
 """
@@ -33,10 +36,13 @@ from interp.conflict.wordings import N_TEXTS, PARTS, WORDINGS, Task, rule_texts,
 from interp.errors import InputError
 from interp.model import Model
 
-PROMPTS = ("none", "system", "user", "agree", "paraphrase", "conflict")
+PROMPTS = ("none", "system", "user", "agree", "paraphrase", "other", "conflict")
 SETTINGS = ("user", "peer")
 # Held out of localisation and training. Each has a relative that is not: a format (the list), a length (sentences).
 HELD_OUT_FAMILIES = ("json", "words")
+
+# The family that the control "other" asks for: whichever of its rules, an answer can obey it and every other family's.
+OTHER_FAMILY, OTHER_OF_THAT = "language", "sentences"
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,10 @@ def make_pair(
     first, second, third = (ours[(turn + step) % len(ours)] for step in range(N_TEXTS))
     # In the form of the paraphrase: what the conflict changes beyond it is what the rule says.
     other = theirs[(turn + 2) % len(theirs)]
+    away = OTHER_OF_THAT if family_name == OTHER_FAMILY else OTHER_FAMILY
+    elsewhere = rule_texts(away, family(away).rules[(turn >> 8) % 2], wording)
     asked = {"system": None, "agree": second, "paraphrase": third, "conflict": other}
+    asked["other"] = elsewhere[(turn + 2) % len(elsewhere)]
     prompts: dict[str, Dialogue] = {
         "none": dialogue(None, task.text, None, setting),
         "user": dialogue(None, task.text, first, setting),

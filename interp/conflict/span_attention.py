@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 
 from interp.conflict.dialogues import SPANS
-from interp.conflict.localization import CONTRASTS, KIND
+from interp.conflict.localization import CONFLICT, KIND, control_of
 from interp.errors import InputError
 from interp.intervals import bootstrap_mean_clustered
 from interp.results import Result
-
-PROMPTS = ("consistent", *reversed(CONTRASTS))  # as they are shown
 
 
 def attention_by_span(
@@ -24,7 +22,7 @@ def attention_by_span(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Attention of the last token on each span, in the consistent, the paraphrased and the conflicting prompt.
+    """Attention of the last token on each span, in the consistent, the control's and the conflicting prompt.
 
     Args:
         result: what `localize` gave.
@@ -32,8 +30,9 @@ def attention_by_span(
         n_resamples, level, seed: of the bootstrap over tasks.
 
     Returns:
-        prompt ("consistent", "paraphrase", "conflict"), span, layer, mean, low, high (missing for a single task), n_heads,
-        n_pairs, n_tasks. The means of one prompt and layer sum to 1, save for what attention-sink logits take.
+        prompt ("consistent", the control's: "paraphrase" or "other", "conflict"), span, layer, mean, low, high (missing for a
+        single task), n_heads, n_pairs, n_tasks. The means of one prompt and layer sum to 1, save for what attention-sink
+        logits take.
 
     Raises:
         InputError: another kind of result, no row, or a head that is not in it (it is named).
@@ -54,11 +53,11 @@ def attention_by_span(
         raise InputError("the result has no row; expected those of at least one pair")
     n_heads = frame.groupby("layer")["head"].nunique()
     parts = []
-    for prompt in PROMPTS:
+    for prompt in ("consistent", control_of(result), CONFLICT):
         side = "consistent" if prompt == "consistent" else "compared"
         names = [f"{side}_{span}" for span in SPANS]
         # The consistent prompt stands in both contrasts' rows.
-        rows = frame[frame["contrast"] == (CONTRASTS[0] if prompt == "consistent" else prompt)]
+        rows = frame[frame["contrast"] == (CONFLICT if prompt == "consistent" else prompt)]
         means = rows.groupby(["pair", "task", "layer"], observed=True, sort=False)[names].mean().unstack("layer")
         tasks = means.index.get_level_values("task").astype(str).to_numpy()
         values = means.to_numpy(np.float64)

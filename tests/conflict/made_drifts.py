@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 
 from interp.conflict.dialogues import SPANS
-from interp.conflict.localization import CONTRASTS, DRIFT_COLUMNS
+from interp.conflict.localization import CONFLICT, DRIFT_COLUMNS
 from interp.provenance import Provenance
 from interp.results import Result
+
+CONTRASTS = (CONFLICT, "paraphrase")
 
 
 def made_result(

@@ -19,7 +19,7 @@ from interp.conflict.dialogues import SPANS, Encoded, encode_dialogue
 from interp.conflict.drift import EPSILON, drift
 from interp.conflict.focal import head_scores
 from interp.conflict.last_rows import last_row, last_rows
-from interp.conflict.localization import CONTRASTS, localize
+from interp.conflict.localization import control_of, localize
 from interp.conflict.pairs import Pair, encode_pair, make_pairs
 from interp.errors import InputError, MemoryBudgetError, ModelError, ResultError
 from interp.model import load_model
@@ -43,6 +43,9 @@ def eager_rows(model: Any, ids: Any) -> np.ndarray:
 
 def by_span(rows: np.ndarray, prompt: Encoded) -> np.ndarray:
     return np.stack([rows[..., list(prompt.spans[span])].sum(-1) for span in SPANS], -1)
+
+
+CONTRASTS = ("conflict", "paraphrase")
 
 
 def prompts_of(model: Any, pairs: Any = PAIRS, names: Any = ("agree", *CONTRASTS)) -> list[Encoded]:
@@ -102,18 +105,21 @@ def test_one_layer_written_out(sinks: bool, window: Any, softcap: Any) -> None:
 
 @pytest.mark.parametrize("consistent", ["agree", "system"])
 @pytest.mark.parametrize("align", ["spans", "truncate"])
-def test_table_written_as_loops(align: str, consistent: str) -> None:
+@pytest.mark.parametrize("control", ["paraphrase", "other"])
+def test_table_written_as_loops(align: str, consistent: str, control: str) -> None:
     model = chat_tiny("llama")
-    result = localize(model, PAIRS, align=align, consistent=consistent, progress=False)
+    result = localize(model, PAIRS, align=align, consistent=consistent, control=control, progress=False)
     assert result.kind == "conflict.localize"
     assert len(result.frame) == 5 * 2 * 3 * 4
-    names = (consistent, *CONTRASTS)
+    contrasts = ("conflict", control)
+    names = (consistent, *contrasts)
+    assert control_of(result) == control
     encoded = {(pair.id, name): encode_pair(model, pair, names)[name] for pair in PAIRS for name in names}
     shortest = min(len(prompt.ids) for prompt in encoded.values())
     eager = {key: eager_rows(model, prompt.ids) for key, prompt in encoded.items()}
     rows = result.frame.set_index(["pair", "contrast", "layer", "head"])
     for pair in PAIRS:
-        for contrast in CONTRASTS:
+        for contrast in contrasts:
             sides = [(eager[pair.id, name], encoded[pair.id, name]) for name in (consistent, contrast)]
             spans = [by_span(*side) for side in sides]
             n, c = spans if align == "spans" else [row[..., :shortest] for row, _ in sides]

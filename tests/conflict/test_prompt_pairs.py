@@ -43,6 +43,7 @@ def test_parts_share_no_task_and_held_out_families_are_held_out() -> None:
 
 @pytest.mark.parametrize("setting", ["user", "peer"])
 def test_prompts_differ_in_their_rules_alone(setting: str) -> None:
+    others = set()
     for pair in make_pairs("localisation", 48, setting=setting):
         ours, theirs = (set(rule_texts(pair.family, rule, pair.wording)) for rule in (pair.system_rule, pair.user_rule))
         found = {name: kinds(pair, name) for name in PROMPTS}
@@ -63,7 +64,38 @@ def test_prompts_differ_in_their_rules_alone(setting: str) -> None:
             for name, rule in (("paraphrase", pair.system_rule), ("conflict", pair.user_rule))
         ]
         assert places[0] == places[1]  # one form
+        away = "sentences" if pair.family == "language" else "language"
+        asked = [rule for rule in family(away).rules if found["other"][2][2] in rule_texts(away, rule, pair.wording)]
+        assert found["other"][:2] == [first, task]
+        assert len(asked) == 1
+        assert rule_texts(away, asked[0], pair.wording).index(found["other"][2][2]) == places[0]
+        others.add((away, asked[0]))
         assert len(pair.prompts["conflict"]) == (4 if setting == "peer" else 2)
+    assert others == {(away, rule) for away in ("sentences", "language") for rule in family(away).rules}
+
+
+TEXTS = {
+    "french": "La mer est profonde et le vent est fort. Il pleut sur les villes et dans la nuit. Les bateaux sont au "
+    "port, et les hommes ne sont pas sur le pont.",
+    "english": "The sea is deep and the wind is strong. It rains on the towns and in the night. The boats are in the "
+    "port, and the men are not on the deck.",
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_other_demand_can_be_obeyed_as_well(name: str) -> None:
+    """Both rules of a family, each with both rules of the other family that is asked for beside it."""
+    for rule in family(name).rules:
+        for language, text in TEXTS.items():
+            if name == "language":
+                for away in family("sentences").rules:
+                    answer = family("sentences").rewrite(away, TEXTS[rule])
+                    assert family("language").verify(rule, answer or "").passed
+            else:
+                answer = family(name).rewrite(rule, text)
+                assert answer is not None
+                assert family(name).verify(rule, answer).passed
+                assert family("language").verify(language, answer).passed, answer
 
 
 def test_rules_swap_places() -> None:
