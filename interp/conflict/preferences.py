@@ -16,7 +16,6 @@ written whole by a rewrite, ends with the end-of-turn token; one that was cut of
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from interp.conflict.answers import Answer, generate_answers
+from interp.conflict.answers import Answer, check_pairs, digest, generate_answers
 from interp.conflict.dialogues import Dialogue, encode_dialogue
 from interp.conflict.pairs import Pair
 from interp.conflict.preference_table import (
@@ -43,6 +42,7 @@ from interp.results import Result
 from interp.shards import ShardedRun
 
 __all__ = ["PREFERENCE_COLUMNS", "Preference", "counts", "make_preferences", "read_preferences", "repeats"]
+_ASKED = ("none", "system", "user", "agree", "conflict")  # prompts that answers are made of
 _CHUNK = 96  # prompts that are worked on together; few that need many rounds cost as much as many
 
 # (pair, "conflict" or "agree")
@@ -83,10 +83,7 @@ def make_preferences(
         >>> counts(made)                                                                   # doctest: +SKIP
     """
     start = time.perf_counter()
-    if not pairs:
-        raise InputError("no pair was given; expected at least one of make_pairs")
-    if len({pair.id for pair in pairs}) < len(pairs):
-        raise InputError("two pairs have the same id; give each pair once")
+    check_pairs(pairs, _ASKED)
     if not 0 <= keep_consistent <= 1:
         raise InputError(f"keep_consistent={keep_consistent}; expected a share from 0 to 1")
     if max_answer_tokens < 1:
@@ -94,7 +91,7 @@ def make_preferences(
     wanted = _wanted(pairs, keep_consistent)
     parameters = {
         "n_pairs": len(pairs),
-        "pairs": hashlib.sha256(repr([(pair.id, pair.prompts) for pair in pairs]).encode()).hexdigest()[:16],
+        "pairs": digest(pairs, _ASKED),
         "keep_consistent": keep_consistent,
         "max_answer_tokens": max_answer_tokens,
         "template": template,

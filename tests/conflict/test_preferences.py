@@ -268,8 +268,8 @@ def test_repeats_counts_trigrams(words: list[str]) -> None:
 
 def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[dict[str, Any], str]] = [
-        ({"pairs": []}, "no pair was given"),
-        ({"pairs": [*PAIRS, *PAIRS]}, "same id"),
+        ({"pairs": []}, "no pair or no prompt was given"),
+        ({"pairs": [*PAIRS, *PAIRS]}, "two pairs have the id"),
         ({"keep_consistent": 1.5}, "expected a share"),
         ({"max_answer_tokens": 0}, "expected at least 1"),
     ]
