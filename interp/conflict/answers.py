@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from interp.conflict.dialogues import NEXT_TURN, Dialogue, encode_dialogue
-from interp.conflict.pairs import PROMPTS, Pair, make_pair
+from interp.conflict.pairs import ASKED, PROMPTS, Pair, make_pair
 from interp.conflict.verifiers import family, repeats
 from interp.conflict.wordings import read_tasks, tasks
 from interp.errors import InputError
@@ -125,7 +125,7 @@ def answer_ids(
 def follow(
     model: Model,
     pairs: Sequence[Pair],
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = ASKED,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     template: str | None = None,
@@ -139,7 +139,7 @@ def follow(
     Args:
         model: a causal LM with a chat template.
         pairs: what `make_pairs` gave, or your own.
-        prompts: which of their prompts.
+        prompts: which of their prompts; "other", a control of `localize`, is not among them by default.
         max_new_tokens: longest answer; the built-in rules can be met in some 60 tokens.
         template: see `encode_dialogue`.
         max_tokens: budget of padded tokens in a batch.

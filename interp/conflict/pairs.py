@@ -37,6 +37,7 @@ from interp.errors import InputError
 from interp.model import Model
 
 PROMPTS = ("none", "system", "user", "agree", "paraphrase", "other", "conflict")
+ASKED = tuple(name for name in PROMPTS if name != "other")  # what `follow` asks by default
 SETTINGS = ("user", "peer")
 # Held out of localisation and training. Each has a relative that is not: a format (the list), a length (sentences).
 HELD_OUT_FAMILIES = ("json", "words")

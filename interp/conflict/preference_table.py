@@ -24,7 +24,7 @@ PREFERENCE_COLUMNS = (
     Column("wording", "category", "", "simple or rich"),
     Column("setting", "category", "", "user, or peer: another agent"),
     Column("prompt", "category", "", "conflict: the user asks for A′; agree: the user asks for A as well"),
-    Column("used", "bool", "", "whether both answers were found"),
+    Column("used", "bool", "", "whether both answers were found, and `balanced` did not leave it out"),
     Column("chosen_from", "category", "", "prompt that gave the chosen answer, or rewrite; empty where none was found"),
     Column("rejected_from", "category", "", "the same of the rejected answer; own: the model's answer to this prompt"),
     Column("chosen", "str", "", "answer that obeys A"),

@@ -172,7 +172,7 @@ def _all_letters(upper: bool) -> Check:
         letters = [char for char in answer if char.isupper() or char.islower()]
         wrong = [char for char in letters if char.isupper() != upper]
         if not letters:
-            return Verdict(False, "no letters")
+            return Verdict(False, "no letters", decided=finished)
         return Verdict(not wrong, f"{len(letters) - len(wrong)} of {len(letters)} letters are {name}")
 
     return check

@@ -21,7 +21,7 @@ from interp.conflict.answers import (
     share_interval,
 )
 from interp.conflict.dialogues import encode_dialogue
-from interp.conflict.pairs import PROMPTS, make_pairs
+from interp.conflict.pairs import ASKED, make_pairs
 from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance
@@ -65,7 +65,7 @@ def test_a_model_that_heeds_the_user_turn_alone(case_pairs: list[Any], monkeypat
     monkeypatch.setattr(model, "generate_ids", Obeys(model, "user"))
     monkeypatch.setattr(model, "end_ids", lambda: {model.tokenizer.eos_token_id})
     result = follow(model, case_pairs, progress=False)
-    assert len(result.frame) == 8 * len(PROMPTS)
+    assert len(result.frame) == 8 * len(ASKED)
     assert result.frame["finished"].all()
     shares = result.frame.groupby("prompt", observed=True)["obeys_system"].mean()
     assert shares[["none", "system", "conflict"]].tolist() == [0, 0, 0]

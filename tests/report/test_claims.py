@@ -67,4 +67,4 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_package_names_them() -> None:
-    assert set(interp.report.__all__) <= set(dir(interp.report)) | {"Section", "write_report"}
+    assert set(interp.report.__all__) <= set(dir(interp.report)) | {"Section", "titled", "write_report"}
