@@ -173,7 +173,7 @@ def train(
     Raises:
         MemoryBudgetError: a batch does not fit.
     """
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, TrainerState
 
     validated = trainer.eval_dataset is not None
     if validated:
@@ -188,9 +188,10 @@ def train(
         trainer.earlier_seconds = max((entry.get("seconds", 0.0) for entry in state["log_history"]), default=0.0)
         stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
         if stopping.get("early_stopping_patience_counter", 0) >= plan.settings.patience:
-            trainer.args.max_steps = int(
-                state["global_step"]
-            )  # it had stopped when it was killed: only its best is loaded
+            # It had stopped when it was killed: transformers would take one step more before it saw that.
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer._load_best_model()
+            return trainer.state.log_history, int(trainer.state.best_global_step)
     trainer.started = time.perf_counter()
     noisy = logging.getLogger("transformers.trainer_utils")  # warns of file systems' clocks at every checkpoint
     level = noisy.level

@@ -249,7 +249,10 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_early_stopping_keeps_the_best(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("every", "validated"), [(2, [2, 4, 6]), (1, [1, 2, 3])])  # two steps are an epoch
+def test_early_stopping_keeps_the_best(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, validated: list[int]
+) -> None:
     """Validation that wants the opposite: it can only get worse, so the first checkpoint stays."""
     from transformers import TrainerCallback
 
@@ -262,6 +265,7 @@ def test_early_stopping_keeps_the_best(model: Any, tmp_path: Path, monkeypatch: 
         "validation": opposite,
         "credit": "none",
         "patience": 2,
+        "checkpoint_steps": every,
         **QUICK,
     }
     # Killed after it stopped and before it was saved: what goes on is the saving alone
@@ -278,12 +282,12 @@ def test_early_stopping_keeps_the_best(model: Any, tmp_path: Path, monkeypatch: 
     made = align(model, TRAIN, [1], callbacks=[Counts()], **options)
     assert not steps
     validation = made.frame[made.frame["split"] == "validation"]
-    assert validation["step"].tolist() == [2, 4, 6]
+    assert validation["step"].tolist() == validated
     assert made.attachments["stopped_early"]
-    assert made.attachments["best_step"] == 2 == validation["step"].iloc[validation["loss"].argmin()]
+    assert made.attachments["best_step"] == every == validation["step"].iloc[validation["loss"].argmin()]
     from safetensors.torch import load_file
 
-    best = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    best = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{every}" / "adapter_model.safetensors")
     assert all(torch.equal(value, best[name]) for name, value in weights(tmp_path / "run").items())
     drawn = plot(made)
     assert {trace.name for trace in drawn.data} == {"train", "validation"}
