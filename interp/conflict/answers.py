@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from interp.conflict.dialogues import NEXT_TURN, Dialogue, encode_dialogue
 from interp.conflict.pairs import ASKED, PROMPTS, Pair, make_pair
-from interp.conflict.verifiers import family, repeats
+from interp.conflict.text_units import repeats
+from interp.conflict.verifiers import family
 from interp.conflict.wordings import read_tasks, tasks
 from interp.errors import InputError
 from interp.intervals import bootstrap_mean_clustered

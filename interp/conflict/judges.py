@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from interp.conflict.rubrics import DIMENSIONS, Rubric
-from interp.conflict.verifiers import family, words
+from interp.conflict.text_units import words
+from interp.conflict.verifiers import family
 from interp.errors import InputError
 
 

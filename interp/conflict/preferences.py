@@ -34,7 +34,8 @@ from interp.conflict.preference_table import (
     read_preferences,
     tokenizer_hash,
 )
-from interp.conflict.verifiers import family, repeats, sentences
+from interp.conflict.text_units import repeats, sentences
+from interp.conflict.verifiers import family
 from interp.errors import InputError
 from interp.model import Model
 from interp.provenance import Provenance

@@ -18,7 +18,8 @@ from interp.conflict.dialogues import Dialogue, encode_dialogue
 from interp.conflict.pairs import Pair, make_pairs
 from interp.conflict.preference_table import balanced
 from interp.conflict.preferences import counts, make_preferences, read_preferences
-from interp.conflict.verifiers import family, repeats
+from interp.conflict.text_units import repeats
+from interp.conflict.verifiers import family
 from interp.errors import InputError
 from interp.results import Result, load_result
 

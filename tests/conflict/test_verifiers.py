@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interp.conflict.verifiers import BUILT_IN, CheckedFamily, Verdict, add_family, family, sentences, words
+from interp.conflict.text_units import sentences, words
+from interp.conflict.verifiers import BUILT_IN, CheckedFamily, Verdict, add_family, family
 from interp.errors import InputError
 
 # (family, rule, answer, finished, passes)
