@@ -112,15 +112,25 @@ def answer_ids(
     ends, turns = model.end_ids(), NEXT_TURN.get(template or "", ())
     known = {}
     for prompt, ids in zip(different, made, strict=True):
-        text = model.decode(ids)
-        found = [text.index(turn) for turn in turns if turn in text]
-        if found:
-            end = min(found)
-            n = next(n for n in range(len(ids), -1, -1) if len(model.decode(ids[:n])) <= end)
-            known[prompt] = Answer(text[:end], tuple(ids[:n]), True)
-        else:
-            known[prompt] = Answer(text, tuple(ids), bool(ids) and ids[-1] in ends)
+        finished = bool(ids) and ids[-1] in ends
+        n = _before(model, ids[: len(ids) - finished], turns)
+        known[prompt] = (
+            Answer(model.decode(ids), tuple(ids), finished)
+            if n is None
+            else Answer(model.decode(ids[:n]), tuple(ids[:n]), True)
+        )
     return [known[tuple(ids)] for ids in encoded]
+
+
+def _before(model: Model, ids: Sequence[int], turns: Sequence[str]) -> int | None:
+    """How many tokens stand before the next turn; `None` where there is none. Marks may be special tokens or plain text."""
+    text = model.decode(ids, skip_special_tokens=False) if turns and ids else ""
+    found = [text.index(turn) for turn in turns if turn in text]
+    if not found:
+        return None
+    return next(
+        n for n in range(len(ids), -1, -1) if len(model.decode(ids[:n], skip_special_tokens=False)) <= min(found)
+    )
 
 
 def follow(
@@ -290,11 +300,11 @@ def follow_summary(
 
     Returns:
         The columns of `by`, prompt, obeys_system, low, high (share of answers that pass the verifier of the system's rule,
-        with an interval over tasks), obeys_user (share that pass the opposite rule's), undecided (share that were cut off before
-        the system's rule was decided; they count as not obeying), loops (share that repeat themselves, whether they obey or
-        not), n (answers), n_tasks, and, where the prompt "none" was asked, above_none, above_low, above_high: how many more
-        answers obey than without any rule, task by task. A rule is followed at all where above_low of the prompt "user" is
-        above 0.
+        with an interval over tasks), obeys_user (share that pass the opposite rule's), undecided (share that were cut off while
+        they might still have come to obey; they count as not obeying, and a cut-off answer that obeys so far as obeying),
+        loops (share that repeat themselves, whether they obey or not), n (answers), n_tasks, and, where the prompt "none" was
+        asked, above_none, above_low, above_high: how many more answers obey than without any rule, task by task. A rule is
+        followed at all where above_low of the prompt "user" is above 0.
 
     Raises:
         InputError: another kind of result, or no such column.
@@ -382,6 +392,10 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
 def _follow_frame(result: Result, by: Sequence[str]) -> pd.DataFrame:
     if result.kind != "conflict.follow":
         raise InputError(f"a result of kind {result.kind!r}; expected one of 'conflict.follow'")
+    if not {"decided", "loops"} <= set(result.frame.columns):
+        raise InputError(
+            "these answers were made by an older version, without `decided` and `loops`; run `follow` again"
+        )
     unknown = [name for name in by if name not in result.frame.columns]
     if unknown:
         raise InputError(f"no column {unknown[0]!r}; the columns are {', '.join(result.frame.columns)}")

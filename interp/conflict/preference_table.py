@@ -85,16 +85,18 @@ def counts(result: Result) -> pd.DataFrame:
     """How many pairs each rule gave.
 
     Returns:
-        family, system_rule, prompt, n (prompts), n_used, n_rewritten (chosen answers by a rewrite), n_no_chosen, n_no_rejected.
+        family, system_rule, prompt, n (prompts), n_used, n_rewritten (chosen answers by a rewrite), n_no_chosen, n_no_rejected,
+        n_left_out (both were found, and `balanced` left them out).
     """
     frame = result.frame.assign(
         n_used=result.frame["used"],
         n_rewritten=result.frame["used"] & (result.frame["chosen_from"] == "rewrite"),
         n_no_chosen=result.frame["chosen_from"] == "",
         n_no_rejected=result.frame["rejected_from"] == "",
+        n_left_out=~result.frame["used"] & (result.frame["chosen_from"] != "") & (result.frame["rejected_from"] != ""),
     )
     by = frame.groupby(["family", "system_rule", "prompt"], observed=True)
-    table = by[["n_used", "n_rewritten", "n_no_chosen", "n_no_rejected"]].sum()
+    table = by[["n_used", "n_rewritten", "n_no_chosen", "n_no_rejected", "n_left_out"]].sum()
     table.insert(0, "n", by.size())
     return table.reset_index()
 
@@ -103,21 +105,28 @@ def balanced(result: Result) -> Result:
     """The same pairs, of which both rules of a family use equally many per prompt: as many as the rarer rule has.
 
     Answers that obey are rarer for one rule than for its opposite ("three sentences or more" than "one sentence"), and what is
-    trained on them would favour the other. Kept are rows spread evenly over the table; the rest says `used` = False.
+    trained on them would favour the other. Kept are rows spread evenly over the table; the rest says `used` = False, and `counts`
+    calls it left out. A family one of whose rules gave nothing is left out whole; one with a single rule in the system turn
+    stays.
 
     Raises:
-        InputError: a result of another kind.
+        InputError: a result of another kind, or one of which nothing would be left.
     """
     _check_kind(result)
     frame = result.frame.reset_index(drop=True)
     used = frame["used"].to_numpy().copy()
+    asked = set(frame["system_rule"])
     for _, group in frame[used].groupby(["family", "prompt"], observed=True):
         by_rule = group.groupby("system_rule", observed=True).groups
         rules = {rule for pair in zip(group["system_rule"], group["user_rule"], strict=True) for rule in pair}
-        least = min(len(by_rule.get(rule, ())) for rule in rules)
+        least = min(len(by_rule.get(rule, ())) for rule in rules & asked)
         for rows in by_rule.values():
             kept = {int(rows[at * len(rows) // least]) for at in range(least)}
             used[[int(row) for row in rows if int(row) not in kept]] = False
+    if frame["used"].any() and not used.any():
+        raise InputError(
+            "no family has usable pairs of both its rules to balance; give more pairs, or train on them as they are"
+        )
     return dataclasses.replace(result, frame=frame.assign(used=used))
 
 

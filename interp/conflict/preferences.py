@@ -16,6 +16,7 @@ written whole by a rewrite, ends with the end-of-turn token; one that was cut of
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,8 +153,20 @@ class _Answers:
                 max_tokens=self.max_tokens,
                 progress=self.progress,
             )
-            self.known.update(zip(new, made, strict=True))
+            self.known.update(zip(new, map(self._ended, made), strict=True))
         return [self.known[dialogue] for dialogue in dialogues]
+
+    def _ended(self, answer: Answer) -> Answer:
+        """With the end token, also where the model went on with another turn instead."""
+        end, ends = _end_id(self.model), self.model.end_ids()
+        if (
+            not answer.finished
+            or end is None
+            or (answer.ids and answer.ids[-1] in ends)
+            or len(answer.ids) >= self.length
+        ):
+            return answer
+        return dataclasses.replace(answer, ids=(*answer.ids, end))
 
 
 # What a candidate is called, the prompt it needs, and the answer it makes of the model's answer to that prompt.

@@ -233,7 +233,18 @@ def test_an_answer_ends_where_the_model_writes_the_next_turn(
     model = chat_tiny()
     ids = model.tokenizer(said, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(model, "generate_ids", lambda prompts, **_: [list(ids) for _ in prompts])
-    monkeypatch.setattr(model, "decode", model.tokenizer.decode)  # marks of turns are plain text here
     (answer,) = answers_module.answer_ids(model, [[5, 6]], template=template)
     assert (answer.text, answer.finished) == (kept, finished)
     assert model.decode(answer.ids) == kept
+
+
+def test_answers_of_an_older_version_say_so() -> None:
+    made = frame([("case", "capitals", "t", "none", True, False)])
+    old = Result(
+        made.kind,
+        made.frame.drop(columns=["decided", "loops"]),
+        FOLLOW_COLUMNS[:-3] + FOLLOW_COLUMNS[-1:],
+        Provenance(),
+    )
+    with pytest.raises(InputError, match="made by an older version"):
+        follow_summary(old)

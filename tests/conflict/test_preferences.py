@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,21 @@ def test_a_rewrite_keeps_the_space_that_the_template_leaves_to_the_answer(
     assert row["chosen"] == " 1. A cat sat on the mat.\n2. A dog ran to the sea."
 
 
+def test_an_answer_that_ended_ends_with_the_end_token(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    plant(monkeypatch, model, lambda name: (LIST if name == "user" else PROSE, True))
+    planted = preferences.generate_answers
+
+    def without_end(*args: Any, **options: Any) -> list[Answer]:  # the model went on with another turn instead
+        return [dataclasses.replace(answer, ids=answer.ids[:-1]) for answer in planted(*args, **options)]
+
+    (whole,) = read_preferences(make_preferences(model, PAIRS, **ALONE))
+    monkeypatch.setattr(preferences, "generate_answers", without_end)
+    (item,) = read_preferences(make_preferences(model, PAIRS, **ALONE))
+    end = preferences._end_id(model)
+    assert (item.chosen[-1], item.rejected[-1]) == (end, end)
+    assert (item.chosen[:-1], item.rejected[:-1]) == (whole.chosen[:-1], whole.rejected[:-1])
+
+
 def test_balanced_uses_as_many_of_both_rules(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     plant(monkeypatch, model, lambda name: (LIST if name == "user" else PROSE, True))
     made = make_preferences(model, PAIRS, **ALONE)
@@ -227,6 +243,15 @@ def test_balanced_uses_as_many_of_both_rules(monkeypatch: pytest.MonkeyPatch, mo
         ("list", "conflict"): 3, ("paragraph", "conflict"): 3,
     }  # fmt: skip
     assert [name for name in kept["id"] if name.startswith("list")] == [f"list conflict {at}" for at in (0, 2, 4)]
+    assert counts(even).set_index(["system_rule", "prompt"])["n_left_out"].to_dict() == {
+        ("list", "agree"): 2 + 1, ("list", "conflict"): 4 + 1, ("paragraph", "conflict"): 1,
+    }  # fmt: skip
+    # Where the opposite was never asked for there is nothing to balance with
+    alone = dataclasses.replace(table, frame=table.frame[table.frame["system_rule"] == "list"])
+    assert balanced(alone).frame["used"].sum() == 9
+    lost = table.frame.assign(used=table.frame["used"] & (table.frame["system_rule"] == "list"))
+    with pytest.raises(InputError, match="no family has usable pairs of both its rules"):
+        balanced(dataclasses.replace(table, frame=lost))
     assert table.frame["used"].sum() == 12  # the table that was given is as it was
     assert balanced(even).equals(even)
     with pytest.raises(InputError, match="are no preferences"):
