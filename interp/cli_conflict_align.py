@@ -39,9 +39,9 @@ def conflict_align(
         ),
     ] = None,
     credit: Annotated[
-        str, typer.Option("--credit", help="reward (released loss), attention (the abstract's), or none (plain DPO).")
+        str, typer.Option("--credit", help="reward (as released), attention (as in the abstract), or none.")
     ] = "reward",
-    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the credit; 0 is plain DPO.")] = 0.5,
+    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the credit; 0 is none.")] = 0.5,
     beta: Annotated[float, typer.Option("--beta", help="Of DPO.")] = 0.1,
     likelihood: Annotated[
         float, typer.Option("--likelihood", help="Weight of the chosen answer's own loss; 0 in the published loss.")
@@ -50,11 +50,13 @@ def conflict_align(
         str,
         typer.Option(
             "--anchors",
-            help="Ordinary text whose next tokens stay: a domain (`interp sinks domains`), 'mine=notes/*.txt', or none, as in "
-            "the published loss.",
+            help="Ordinary text whose next tokens stay, the first 48 tokens of each document: a domain (`interp sinks domains`), "
+            "'mine=notes/*.txt', or none, as in the published loss.",
         ),
     ] = "editorials",
-    anchor_weight: Annotated[float, typer.Option("--anchor-weight", help="Of the divergence on them.")] = 2.0,
+    anchor_weight: Annotated[
+        float | None, typer.Option("--anchor-weight", help="Of the divergence on them; 2 by default.")
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Of LoRA.")] = 8,
     preset: Annotated[str, typer.Option("--preset", help="laptop (two cores) or gpu.")] = "laptop",
     pairs: Annotated[int, typer.Option("--pairs", help="Training pairs of prompts.")] = 288,
@@ -93,6 +95,7 @@ def conflict_align(
         localize,
         make_preferences,
     )
+    from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
     from interp.results import load_result
 
     read, texts = read_template(template), read_anchors(anchors)
@@ -100,6 +103,7 @@ def conflict_align(
     checking = make(validation, "validation", family, wording, setting, tasks, seed) if validation else []
     held_out = make(measure, "held-out", family, wording, setting, tasks, seed) if measure else []
     loaded = load(model, device, dtype)
+    encode_anchors(loaded, texts)  # what is wrong with them is said before anything is measured
     measured = None
     if drift is not None:
         measured = load_result(drift)
@@ -126,7 +130,7 @@ def conflict_align(
         beta=beta,
         likelihood=likelihood,
         anchors=texts,
-        anchor_weight=anchor_weight,
+        anchor_weight=ANCHOR_WEIGHT if anchor_weight is None else anchor_weight,
         rank=rank,
         preset=preset,
         seed=seed,

@@ -43,7 +43,7 @@ from interp.conflict.align_runs import (
     history_frame,
     open_run,
 )
-from interp.conflict.anchors import encode_anchors
+from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
 from interp.conflict.credits import Head, RewardModel, credit_pairs
 from interp.conflict.layer_arms import attention_projections, lora_parameters
 from interp.conflict.preference_table import Preference, read_preferences, tokenizer_hash
@@ -78,7 +78,7 @@ def align(
     beta: float = 0.1,
     likelihood: float = 0.0,
     anchors: Sequence[str] = (),
-    anchor_weight: float = 1.0,
+    anchor_weight: float = ANCHOR_WEIGHT,
     reward_model: Model | RewardModel | None = None,
     rank: int = 8,
     lora_alpha: float = 16.0,
@@ -110,8 +110,9 @@ def align(
         alpha, beta: of the loss.
         likelihood: weight of the chosen answer's own loss per token beside it, see `interp.conflict.sail_loss.chosen_nll`; 0
             in the published loss.
-        anchors: ordinary texts whose next tokens are to be predicted as before, see `interp.conflict.anchors`; none in the
-            published loss.
+        anchors: ordinary texts whose next tokens are to be predicted as before, see `interp.conflict.anchors`; the first 48
+            tokens of each, one for each pair in turn, and up to a fifth of them for the validation alone. None in the published
+            loss.
         anchor_weight: weight of the divergence on them, per nat and token.
         reward_model: of credit "reward", see `interp.conflict.credits`.
         rank, lora_alpha: of LoRA; its scale is lora_alpha / rank.

@@ -13,7 +13,7 @@ predictions as targets no new text is learned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from torch import Tensor
 from interp.errors import InputError
 from interp.model import Model
 
-ANCHOR_TOKENS = 48
+T = TypeVar("T")
+# What the embedded model was trained best with, on validation tasks.
+ANCHOR_TOKENS, ANCHOR_WEIGHT = 48, 2.0
+HELD_SHARE = 0.2  # of the anchors at most, for validation
 
 
 def encode_anchors(model: Model, texts: Sequence[str], n_tokens: int = ANCHOR_TOKENS) -> list[tuple[int, ...]]:
@@ -43,6 +46,17 @@ def encode_anchors(model: Model, texts: Sequence[str], n_tokens: int = ANCHOR_TO
         if len(ids) < 2:
             raise InputError(f"anchors: {text!r:.60} has {len(ids)} tokens; expected at least two")
     return [tuple(ids[:n_tokens]) for ids in encoded]
+
+
+def split_anchors(anchors: Sequence[T], n_held: int) -> tuple[Sequence[T], Sequence[T]]:
+    """(for training, for validation): as many of the last as there are validation pairs, at most a fifth; of fewer than five all.
+
+    Example:
+        >>> split_anchors(list("abcdefghij"), 3)
+        (['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'], ['i', 'j'])
+    """
+    n = min(n_held, int(HELD_SHARE * len(anchors)))
+    return (anchors[:-n], anchors[-n:]) if n else (anchors, anchors)
 
 
 def anchor_divergence(policy: Any, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 
 from interp.batching import is_out_of_memory, pad
 from interp.conflict.align_runs import MARK, AlignSettings, TrainingPlan, last_checkpoint
-from interp.conflict.anchors import anchor_divergence
+from interp.conflict.anchors import anchor_divergence, split_anchors
 from interp.conflict.credits import CreditedPair
 from interp.conflict.sail_loss import chosen_nll, sail_loss
 from interp.conflict.shared_prompts import AnswerPairs, answer_log_probs, pad_pairs
@@ -129,6 +129,7 @@ def build_trainer(
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # no nn.DataParallel: the model lies where it is
     pad_id = model.pad_id
+    anchors, held_anchors = split_anchors(plan.anchors, len(held))
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=plan.rank,
@@ -143,8 +144,8 @@ def build_trainer(
             model=model.hf,
             args=arguments,
             data_collator=lambda rows: collate(rows, pad_id),
-            train_dataset=dataset_of(train, plan.anchors),
-            eval_dataset=dataset_of(held, plan.anchors) if held else None,
+            train_dataset=dataset_of(train, anchors),
+            eval_dataset=dataset_of(held, held_anchors) if held else None,
             processing_class=copy.deepcopy(model.tokenizer),  # trl writes its pad token
             peft_config=lora,
         )

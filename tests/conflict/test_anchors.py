@@ -12,7 +12,7 @@ import torch
 from chat_models import chat_tiny
 
 from interp.conflict.aligning import align
-from interp.conflict.anchors import anchor_divergence, encode_anchors
+from interp.conflict.anchors import anchor_divergence, encode_anchors, split_anchors
 from interp.conflict.preferences import Preference
 from interp.errors import InputError, ResultError
 
@@ -90,3 +90,11 @@ def test_errors(texts: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="likelihood=nan"):
         align(model, PAIRS, [1], out=tmp_path / "run", likelihood=float("nan"), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_has_anchors_of_its_own() -> None:
+    assert split_anchors(range(100), 8) == (range(92), range(92, 100))
+    assert split_anchors(range(10), 8) == (range(8), range(8, 10))
+    assert split_anchors(range(4), 8) == (range(4), range(4))
+    assert split_anchors((), 8) == ((), ())
+    assert split_anchors(range(100), 0) == (range(100), range(100))
