@@ -1,8 +1,8 @@
 """Train adapters on different layers and measure each on held-out tasks, beside the model as it was.
 
 1. Arms of equal size (`interp.conflict.layer_arms`): the focal layers with the released credit, with the abstract's credit
-   and with plain DPO, and by the loss as it was published; layers by patching, random ones, the first, the last, and all
-   layers with a smaller rank.
+   and with none, all with two added terms; the published loss and plain DPO without them; layers by patching, random ones,
+   the first, the last, and all layers with a smaller rank.
 2. Each is measured on held-out pairs (`follow`), on prose (loss of every text, share of positions with the same top token),
    and by its size. Nothing is chosen on these.
 3. Changes are paired: the same pair, or the same text, before and after; intervals are over tasks, or over texts.
@@ -43,8 +43,9 @@ PROSE_COLUMNS = (
 ARMS: dict[str, tuple[str, str]] = {
     "focal": ("focal", "reward"),
     "focal, attention credit": ("focal", "attention"),
-    "focal, plain DPO": ("focal", "none"),
+    "focal, no credit": ("focal", "none"),
     "focal, as published": ("focal", "reward"),
+    "focal, plain DPO": ("focal", "none"),
     "random 0": ("random-0", "reward"),
     "random 1": ("random-1", "reward"),
     "random 2": ("random-2", "reward"),
@@ -53,8 +54,11 @@ ARMS: dict[str, tuple[str, str]] = {
     "last": ("last", "reward"),
     "all": ("all", "reward"),
 }
-# Without the two terms that the published loss does not have: the chosen answer's own loss, and anchors.
-AS_PUBLISHED = {"likelihood": 0.0, "anchors": ()}
+# Without the two terms that the others add to the published loss: the chosen answer's own loss, and anchors.
+BARE = ("focal, as published", "focal, plain DPO")
+WITHOUT = {"likelihood": 0.0, "anchors": ()}
+# What arms that are compared must have in common; the bare ones differ in the last three by design.
+RECIPE = ("pairs", "validation", "settings", "n_steps", "beta", "likelihood", "anchors", "anchor_weight")
 
 
 def chosen_layers(model: Any, layers: Sequence[int], patched: Sequence[int], n_random: int = 3) -> dict[str, LayerArm]:
@@ -74,8 +78,8 @@ def train_arm(
 ) -> Path:
     """Train one arm, or find that it is trained; returns the adapter's folder."""
     which, credit = ARMS[name]
-    if name == "focal, as published":
-        settings |= AS_PUBLISHED
+    if name in BARE:
+        settings |= WITHOUT
     arm = layers[which]
     align(
         model,
@@ -142,6 +146,28 @@ def trained(out: Path, name: str, fingerprint: str) -> dict[str, Any] | None:
         return None
     record = read_adapter(adapter)
     return record["attachments"] if record.get("fingerprint") == fingerprint else None
+
+
+def recipe(out: Path, name: str) -> dict[str, Any]:
+    """How an arm was trained, of what arms must have in common to be compared."""
+    parameters = read_adapter(out / folder_name(name) / "adapter")["parameters"]
+    own = RECIPE[:-3] if name in BARE else RECIPE
+    return {key: parameters.get(key) for key in own}
+
+
+def comparable(out: Path, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(arms trained by one recipe, {other arm: in what it differs}); the recipe is that of the first that is not bare."""
+    found: list[str] = []
+    others: dict[str, str] = {}
+    first = next((name for name in names if name not in BARE), names[0] if names else "")
+    for name in names:
+        ours, theirs = recipe(out, first), recipe(out, name)
+        differ = [key for key in theirs if key in ours and ours[key] != theirs[key]]
+        if differ:
+            others[name] = ", ".join(differ)
+        else:
+            found.append(name)
+    return found, others
 
 
 def digest(texts: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from interp.results import Result
 
 PAPER = "Wan et al. 2025, arXiv 2509.23188, abstract"
 GAIN = "+5.60 % (AutoGen on MedQA)"
+OURS = "ours: the published loss, the chosen answer's own, and anchors"
 TARGET, LARGEST_SHARE, LARGEST_PERPLEXITY = 0.3, 0.01, 1.03
 STABLE = 0.75  # Davies 2025, arXiv 2501.02688: base against instruct
 
@@ -141,12 +142,12 @@ def _matters(focal: pd.Series, difference: pd.Series) -> bool | None:
     return bool(focal["p_sets"] <= 0.05 and difference["low"] > 0)
 
 
-def obeys_more(row: pd.Series, where: str) -> Claim:
+def obeys_more(row: pd.Series, where: str, published: bool = False) -> Claim:
     """Training the focal layers improves compliance with the hierarchy."""
     return Claim(
-        f"SAIL on {where}: compliance with the system's rule under conflict rises (held-out tasks)",
-        PAPER,
-        GAIN,
+        f"{where}: compliance with the system's rule under conflict rises (held-out tasks)",
+        PAPER if published else OURS,
+        GAIN if published else None,
         f"{row['conflict'] - row['change']:.0%} → {row['conflict']:.0%}, change {row['change']:+.2f} (interval)",
         _interval(row["low"], row["high"]),
         int(row["n"]),
@@ -199,7 +200,7 @@ def generalises(row: pd.Series, where: str) -> Claim:
     )
 
 
-def beats(name: str, difference: tuple[float, float, float], n: int, source: str = PAPER) -> Claim:
+def beats(name: str, difference: tuple[float, float, float], n: int, source: str = "ours") -> Claim:
     """One arm above another."""
     mean, low, high = difference
     return Claim(name, source, None, f"{mean:+.2f} (interval)", _interval(low, high), n, _side(low, high))
@@ -218,7 +219,9 @@ def neurons_stay(share: float, n: int, same_top: float, where: str) -> Claim:
     )
 
 
-def scores(before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str, where: str) -> Claim:
+def scores(
+    before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str, where: str, published: bool = False
+) -> Claim:
     """CRAS before and after, pair by pair.
 
     Args:
@@ -226,12 +229,13 @@ def scores(before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str, wh
         tasks: of each pair.
         judge: its name.
         where: which layers were trained.
+        published: by the loss as published alone.
     """
     difference = (after - before).to_numpy()
     low, high = map(float, bootstrap_mean_clustered(difference, tasks.to_numpy()))
     return Claim(
         f"{where}: CRAS under conflict rises ({judge} judge)",
-        PAPER,
+        PAPER if published else OURS,
         None,
         f"{before.mean():.2f} → {after.mean():.2f} of 5, change {difference.mean():+.2f} (interval)",
         _interval(low, high),

@@ -31,6 +31,7 @@ from interp.conflict import (
     plots,
     queries_from_follow,
 )
+from interp.conflict.anchors import ANCHOR_WEIGHT
 from interp.conflict.cras_summaries import answers as cras_by_answer
 from interp.conflict.pairs import HELD_OUT_FAMILIES, Pair
 from interp.conflict.preferences import counts
@@ -41,10 +42,14 @@ from interp.results import Result
 from interp.sinks.domains import domain_documents
 
 # Beside the published loss, which by itself wins the conflict at the price of the language: chosen on validation tasks.
-SETTINGS: dict[str, Any] = {"likelihood": 0.2, "anchor_weight": 2.0}
+SETTINGS: dict[str, Any] = {"likelihood": 0.2, "anchor_weight": ANCHOR_WEIGHT}
 N_ANCHORS = 300  # editorials; the prose that is measured is other text
 # Arms whose layers were localised, and how.
-LOCALISED = {"focal": "focal layers by drift", "patched": "as many layers by patching"}
+LOCALISED = {
+    "focal": "adapters on focal layers by drift",
+    "patched": "adapters on as many layers by patching",
+    "focal, as published": "SAIL by the published loss alone, on focal layers by drift",
+}
 # Columns of a table of layers that are printed.
 LAYERS = ["layer", "score", "control", "excess", "low", "high", "q", "n_focal_heads", "focal"]
 
@@ -98,7 +103,6 @@ def align_arms(
         settings = SETTINGS | settings
         if "anchors" not in settings:
             settings["anchors"] = [str(text) for text in domain_documents("editorials")[:N_ANCHORS]]
-        write_atomically(record, lambda file: file.write(json.dumps(taught).encode()))
         preferences, validation = (
             balanced(
                 make_preferences(
@@ -111,6 +115,11 @@ def align_arms(
             )
             for part, n in (("training", sizes["n_train"]), ("validation", sizes["n_validation"]))
         )
+        lost = [name for name in taught if name not in set(preferences.frame.query("used")["family"].astype(str))]
+        if lost:
+            print(f"interp: {', '.join(lost)}: no pairs of both rules, so that none is trained", file=sys.stderr)
+            taught = [name for name in taught if name not in lost]
+        write_atomically(record, lambda file: file.write(json.dumps(taught).encode()))
         pairs = held_out(taught, sizes["n_measure"], sizes["n_others"])
         conflict_arms.measure(model, place, "untrained", pairs, prose, None, job.template)
         for name in train:
@@ -127,7 +136,10 @@ def align_arms(
     base = conflict_arms.measured(place, "untrained")
     about = {name: conflict_arms.trained(place, name, model.fingerprint) for name in conflict_arms.ARMS}
     known = {name: conflict_arms.measured(place, name) for name, facts in about.items() if facts is not None}
-    found = {name: both for name, both in known.items() if both is not None}
+    names, differ = conflict_arms.comparable(place, [name for name, both in known.items() if both is not None])
+    for name, what in differ.items():
+        print(f"interp: arm {name} was trained otherwise ({what}) and is left out; train it again", file=sys.stderr)
+    found = {name: known[name] for name in names}
     if base is None or not found:
         return False
     groups = family_groups(base[0], taught)
@@ -183,7 +195,9 @@ def arm_claims(
     for name in (name for name in LOCALISED if name in found):
         rows = table[table["arm"] == name].set_index("families")
         row, where = rows.loc["trained"], LOCALISED[name]
-        made += [getattr(conflict_claims, claim)(row, where) for claim in ("obeys_more", "reaches", "keeps")]
+        published = name == "focal, as published"
+        made += [conflict_claims.obeys_more(row, where, published)]
+        made += [conflict_claims.reaches(row, where), conflict_claims.keeps(row, where)]
         if "never trained" in groups:
             made.append(conflict_claims.generalises(rows.loc["never trained"], where))
     if "focal" not in found:
@@ -213,18 +227,19 @@ def arm_claims(
             if "focal, as published" in found
             else {}
         ),
-        **({"released credit above plain DPO": [found["focal, plain DPO"][0]]} if "focal, plain DPO" in found else {}),
+        **({"released credit above none": [found["focal, no credit"][0]]} if "focal, no credit" in found else {}),
     }
     made += [
         conflict_claims.beats(f"{name} (compliance under conflict)", conflict_arms.against(ours, some, own), n)
         for name, some in others.items()
     ]
-    both = ("focal, attention credit", "focal, plain DPO")
-    if all(name in found for name in both):
-        difference = conflict_arms.against(found[both[0]][0], [found[both[1]][0]], own)
-        made.append(
-            conflict_claims.beats("attention credit above plain DPO (compliance under conflict)", difference, n)
-        )
+    for first, second, what in (
+        ("focal, attention credit", "focal, no credit", "attention credit above none"),
+        ("focal, as published", "focal, plain DPO", "the loss as published above plain DPO"),
+    ):
+        if first in found and second in found:
+            difference = conflict_arms.against(found[first][0], [found[second][0]], own)
+            made.append(conflict_claims.beats(f"{what} (compliance under conflict)", difference, n))
     return made
 
 
@@ -246,6 +261,8 @@ def after_claims(
     same = neurons.compare(plain, trained).frame.query("layer == -1").iloc[0]
     same_top = float(table.loc[table["arm"] == arm, "same_top"].iloc[0])
     return [
-        conflict_claims.scores(graded[0], graded[1].reindex(graded[0].index), tasks, "rule", LOCALISED[arm]),
+        conflict_claims.scores(
+            graded[0], graded[1].reindex(graded[0].index), tasks, "rule", LOCALISED[arm], arm == "focal, as published"
+        ),
         conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top, LOCALISED[arm]),
     ]

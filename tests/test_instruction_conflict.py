@@ -40,7 +40,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_all_stages(model: Any, tmp_path: Path) -> None:
-    arms = ["focal", "focal, plain DPO", "focal, attention credit", "random 0", "patched", "all", "focal, as published"]
+    arms = ["focal", "focal, no credit", "focal, attention credit", "random 0", "patched", "all", "focal, as published"]
+    arms.append("focal, plain DPO")
     section = instruction_conflict.run(model, tmp_path, train=arms, **SMALL)
     names = [claim.claim for claim in section.claims]
     assert read_claims(tmp_path / "claims.json") == section.claims
@@ -54,16 +55,28 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     ):
         assert any(part in name for name in names), part
     for part in (
-        "SAIL on focal layers by drift",
+        "adapters on focal layers by drift: compliance",
+        "SAIL by the published loss alone, on focal layers by drift: compliance",
         "patching: at least +30 points",
         "above random layers",
         "focal layers by drift above as many by patching",
-        "plain DPO",
+        "released credit above none",
+        "attention credit above none",
+        "the loss as published above plain DPO",
         "anchors above the loss as published",
         "CRAS",
         "neurons keep",
     ):
         assert any(part in name for name in names), part
+    # The paper is the source of what the paper trained, and of nothing else that was.
+    trained = [
+        claim for claim in section.claims if "compliance with the system's rule under conflict rises" in claim.claim
+    ]
+    assert {claim.claim.split(":")[0]: "+5.60" in str(claim.paper) for claim in trained} == {
+        "adapters on focal layers by drift": False,
+        "adapters on as many layers by patching": False,
+        "SAIL by the published loss alone, on focal layers by drift": True,
+    }
     # It obeys the list rule in the user turn alone, so that it is followed, and lost whenever the system asks for it.
     followed = next(item for item in section.items if isinstance(item, pd.DataFrame) and "followed" in item)
     assert set(followed.loc[followed["followed"], "rule"]) == {"list"}
@@ -85,20 +98,26 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_report_without_training_shows_what_was_trained(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     few = SMALL | {"n_peer": 0, "n_judged": 0, "n_head_patch": 0}
     before = instruction_conflict.run(model, tmp_path, **few)
     assert "No adapter has been trained here yet" in before.text
-    assert not any("SAIL" in claim.claim for claim in before.claims)
+    assert not any("adapters on" in claim.claim for claim in before.claims)
     instruction_conflict.run(model, tmp_path, train=["focal"], **few)
+    # An arm that was trained by another recipe is not compared with it.
+    otherwise = few | {"settings": {**few["settings"], "likelihood": 0.5}}
+    section = instruction_conflict.run(model, tmp_path, train=["random 0"], **otherwise)
+    assert "arm random 0 was trained otherwise (likelihood)" in capsys.readouterr().err
+    table = next(item for item in section.items if isinstance(item, pd.DataFrame) and "same_top" in item)
+    assert set(table["arm"]) == {"untrained", "focal"}
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(conflict_arms, "align", refuse)
     after = instruction_conflict.run(model, tmp_path, **few)
-    assert any("SAIL" in claim.claim for claim in after.claims)
+    assert any("adapters on" in claim.claim for claim in after.claims)
     assert "Adapters were trained" in after.text
     # What another model's run left is not shown as this one's.
     other = load_model(
