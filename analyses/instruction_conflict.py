@@ -7,8 +7,8 @@ released in part), say of instruction conflicts. Prints the table claim · paper
 
 1. Diagnose: which rules the model follows at all, and who wins under conflict, by verifiers; CRAS by two judges and how far
    they agree. The families that count as followed are chosen on other tasks than those that are reported.
-2. Localise: attention drift of every head beside its paraphrase control, in our form and in the published one; how stable the
-   choice is; then what patching and ablation say of the same layers and heads.
+2. Localise: attention drift of every head beside two controls, a paraphrase and another demand, in our form and in the
+   published one; how stable the choice is; then what patching and ablation say of the same layers and heads.
 3. Align (`--train`; hours on a laptop): adapters on the focal layers, beside random, first, last and all layers and plain
    DPO, measured on held-out tasks. A report that is made without it shows what is there.
 """
@@ -56,6 +56,7 @@ from interp.conflict import (
     thirds,
 )
 from interp.conflict.local_judge import LocalJudge
+from interp.conflict.pairs import HELD_OUT_FAMILIES
 from interp.conflict.verifiers import BUILT_IN
 from interp.errors import InputError
 from interp.report import Section, titled, write_report
@@ -110,7 +111,7 @@ def run(
         n_localise: pairs of the localisation part whose drift is measured.
         n_patch: pairs whose layers are patched.
         n_head_patch: pairs whose heads are patched one by one; 0 for none.
-        n_ablate: pairs on which the focal heads are ablated.
+        n_ablate: held-out pairs on which heads chosen by drift and by patching are ablated.
         n_sets: random sets beside them.
         train: arms to train, of `conflict_arms.ARMS`; those that were trained before are shown in any case.
         n_train, n_validation: pairs of the training and validation parts, of the families that are followed.
@@ -138,7 +139,8 @@ def run(
         f"tasks: {told}. Intervals are over tasks, 95 %.\n\n"
         "Attention drift compares where the last token of the prompt looks (system rule, user rule, task, template, "
         "sink) when the rules "
-        "agree and when they conflict; its control is the same comparison with a paraphrase. The published form "
+        "agree and when they conflict; its controls are the same comparison with a paraphrase and with another demand "
+        "that can be obeyed as well. The published form "
         "compares keys by their "
         "number instead. Patching puts a layer's attention output of the consistent prompt into the conflicting one.\n\n"
         + (
@@ -298,23 +300,22 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
             titled(agreed_heads, "Drift and patching, by head"),
         ]
     focal = focal_heads(drift)
-    chosen = {"drift": (focal, some[:n_ablate])}
+    chosen = {"drift": focal}
     if n_head_patch:
         top = recovery(by_head).nlargest(len(focal), "change")
-        rest = some[n_head_patch : n_head_patch + n_ablate]  # not the pairs that chose them
-        chosen["patching"] = ([(int(row.layer), int(row.head)) for row in top.itertuples()], rest)
-    for how, (chosen_heads, tried) in chosen.items():
-        tried = [pair for pair in tried if pair.id in contrasts]
-        if not tried:
-            continue
+        chosen["patching"] = [(int(row.layer), int(row.head)) for row in top.itertuples()]
+    # On tasks that chose none of them.
+    tried = make_pairs("held-out", n_ablate, families=[name for name in BUILT_IN if name not in HELD_OUT_FAMILIES])
+    answers = make_contrasts(model, tried, **ask, progress="answers to ablate with").found
+    for how, chosen_heads in chosen.items():
         ablated = ablate_heads(
             model,
             tried,
             chosen_heads,
             n_random_sets=n_sets,
-            contrasts={pair.id: contrasts[pair.id] for pair in tried},
+            contrasts=answers,
             **ask,
-            out=out / f"ablate_{how}_{n_ablate}_{n_sets}",
+            out=out / f"ablate_held_out_{how}_{n_ablate}_{n_sets}",
             progress=f"ablate heads by {how}",
         )
         summary = ablation_summary(ablated)

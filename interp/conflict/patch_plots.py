@@ -110,11 +110,12 @@ def ablate_heads(result: Result) -> Any:
     table = head_ablation.ablation_summary(result).set_index("what", drop=False)
     changes, about = head_ablation.set_changes(result), result.provenance.parameters
     focal, n_sets = table.loc["focal"], int(table["n_sets"].iloc[0])
-    rank = f"; p among random sets {focal['p_sets']:.3g}" if n_sets else ""
+    sizes = float(table["p_sets"]["|focal|"])
+    rank = f"; p among random sets {focal['p_sets']:.3g}, without signs {sizes:.3g}" if n_sets else ""
     word = "zeroed" if about.get("mode") == "zero" else "held at their mean"
     where = "everywhere" if about.get("positions") == "all" else "at the prompt's last tokens"
     drawn = figure(
-        "Do the focal heads carry the conflict?",
+        "Do the chosen heads carry the conflict?",
         "heads ablated together",
         "change for the system's answer",
         y_unit="nats per token",
@@ -150,7 +151,7 @@ def ablate_heads(result: Result) -> Any:
             )
     drawn.add_hline(y=0, line={"color": REFERENCE, "dash": "dot"})
     drawn.update_xaxes(
-        tickvals=[0, 1][: 1 + bool(n_sets)], ticktext=["focal heads", f"{n_sets} random sets"], range=[-0.6, 1.6]
+        tickvals=[0, 1][: 1 + bool(n_sets)], ticktext=["chosen heads", f"{n_sets} random sets"], range=[-0.6, 1.6]
     )
     return drawn
 
