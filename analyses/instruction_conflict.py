@@ -52,6 +52,7 @@ from interp.conflict import (
     plots,
     queries_from_follow,
     recovery,
+    restoring_layers,
     stability,
     thirds,
 )
@@ -322,8 +323,7 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
         claims.append(conflict_claims.heads_matter(summary, how))
         items += [plots.ablate_heads(ablated), titled(summary, f"Heads chosen by {how} ablated, and random sets")]
     layers = focal_layers(drift)
-    by_layer = recovery(patched).query("site == 'attn_out'").nlargest(len(layers), "change")
-    return Located(layers, sorted(int(layer) for layer in by_layer["layer"]), focal)
+    return Located(layers, restoring_layers(patched, len(layers)), focal)
 
 
 def shared_focal(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

@@ -21,6 +21,8 @@ from interp.cli_shared import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOpti
 from interp.errors import InputError
 
 _N_ANCHORS = 300
+# Pairs that choose the layers, where no file and no --layer does.
+_N_LOCALISE, _N_PATCH = 96, 48
 
 
 def conflict_align(
@@ -30,13 +32,19 @@ def conflict_align(
     ],
     layer: Annotated[
         list[int] | None,
-        typer.Option("--layer", help="A layer to train; again for more. Default: the focal layers of --drift."),
+        typer.Option("--layer", help="A layer to train; again for more. Default: what --select chooses."),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            "--select",
+            help="drift: the focal layers, as in the paper; patch: as many layers as a fifth, those whose attention output "
+            "brings back the system's rule when it is patched. Default: drift.",
+        ),
     ] = None,
     drift: Annotated[
         Path | None,
-        typer.Option(
-            "--drift", help="What `interp conflict localize --out` wrote; without it and --layer, it is measured here."
-        ),
+        typer.Option("--drift", help="What `interp conflict localize --out` wrote; without it, it is measured here."),
     ] = None,
     credit: Annotated[
         str, typer.Option("--credit", help="reward (as released), attention (as in the abstract), or none.")
@@ -94,10 +102,18 @@ def conflict_align(
         follow_summary,
         localize,
         make_preferences,
+        restoring_layers,
     )
+    from interp.conflict import patch as patch_layers
     from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
     from interp.results import load_result
 
+    if select not in (None, "drift", "patch"):
+        raise InputError(f"--select {select!r}; expected drift or patch")
+    if layer and select:
+        raise InputError(f"--layer names the layers and --select {select} chooses them; give one of the two")
+    if drift is not None and select == "patch" and credit != "attention":
+        raise InputError("--drift is not used with --select patch; leave one of the two out")
     read, texts = read_template(template), read_anchors(anchors)
     training = make(pairs, "training", family, wording, setting, tasks, seed)
     checking = make(validation, "validation", family, wording, setting, tasks, seed) if validation else []
@@ -111,10 +127,16 @@ def conflict_align(
             raise InputError(
                 f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or name layers with --layer"
             )
-    elif not layer or credit == "attention":
-        where = make(96, "localisation", family, wording, setting, tasks, seed)
+    elif credit == "attention" or not (layer or select == "patch"):
+        where = make(_N_LOCALISE, "localisation", family, wording, setting, tasks, seed)
         measured = localize(loaded, where, template=read, out=out / "drift")
-    layers = list(layer) if layer else focal_layers(measured)  # type: ignore[arg-type]
+    if layer:
+        layers = list(layer)
+    elif select == "patch":
+        where = make(_N_PATCH, "localisation", family, wording, setting, tasks, seed)
+        layers = restoring_layers(patch_layers(loaded, where, template=read, out=out / "patch"))
+    else:
+        layers = focal_layers(measured)  # type: ignore[arg-type]
     print(f"layers: {', '.join(map(str, layers))}", file=sys.stderr)
     preferences = make_preferences(loaded, training, template=read, out=out / "preferences")
     checks = make_preferences(loaded, checking, template=read, out=out / "validation") if checking else None

@@ -150,6 +150,15 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
         *("--out", tmp_path / "other", "--layer", 0, "--layer", 2, "--credit", "none", "--anchors", "none"),
     )
     assert "loss" in table.stdout
+    # Layers by patching: one of three, the one that the analysis of what was patched names.
+    chosen = run(
+        *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
+        *("--out", tmp_path / "patched", "--select", "patch", "--credit", "none", "--anchors", "none"),
+    )
+    changes = load_result(tmp_path / "patched" / "patch").frame
+    changes = (changes["logdiff_patched"] - changes["logdiff_conflict"]).groupby(changes["layer"]).mean()
+    assert f"layers: {changes.idxmax()}\n" in chosen.stderr
+    assert not (tmp_path / "patched" / "drift").exists()
     for spec, message in (("random", "made of a vocabulary's tokens"), ("poems", "there is no domain 'poems'")):
         with pytest.raises(InputError, match=message):
             run("conflict", "align", *SOME, "--model", folder, "--out", tmp_path / "no", "--anchors", spec)
@@ -171,6 +180,9 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
         (["score", "--judge", "boss"], "--judge boss; expected rule, local or api"),
         (["score", "--weight", "goal"], "--weight 'goal'; expected DIMENSION=λ"),
         (["align", "--out", "x", "--preset", "boss", "--pairs", "2"], "boss"),
+        (["align", "--out", "x", "--select", "boss"], "--select 'boss'; expected drift or patch"),
+        (["align", "--out", "x", "--select", "patch", "--layer", "1"], "give one of the two"),
+        (["align", "--out", "x", "--select", "patch", "--drift", "d.parquet"], "--drift is not used"),
     ],
 )
 def test_bad_options_say_what_is_expected(

@@ -35,6 +35,7 @@ _NAMES = {
     "make_contrasts": "contrasts",
     "patch": "patching",
     "recovery": "recoveries",
+    "restoring_layers": "recoveries",
     "agreement_with_drift": "recoveries",
     "thirds": "recoveries",
     "ablate_heads": "head_ablation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ class TrainingPlan:
 
     Attributes:
         settings: see there.
-        targets: full names of the matrices that get an adapter.
-        rank, lora_alpha: of LoRA.
+        targets: {full name of a matrix that gets an adapter: LoRA's rank}.
+        lora_alpha: of LoRA, for the highest rank; all have its scale.
         beta: of the loss.
         likelihood: weight of the chosen answer's own loss beside it.
         anchors: token ids of ordinary texts, one for each pair in turn.
@@ -86,8 +86,7 @@ class TrainingPlan:
     """
 
     settings: AlignSettings
-    targets: tuple[str, ...]
-    rank: int
+    targets: Mapping[str, int]
     lora_alpha: float
     beta: float
     likelihood: float

@@ -45,7 +45,7 @@ from interp.conflict.align_runs import (
 )
 from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
 from interp.conflict.credits import Head, RewardModel, credit_pairs
-from interp.conflict.layer_arms import attention_projections, lora_parameters
+from interp.conflict.layer_arms import attention_projections, layer_ranks, lora_parameters
 from interp.conflict.preference_table import Preference, read_preferences, tokenizer_hash
 from interp.conflict.sail_loss import check_credit
 from interp.conflict.sail_trainer import build_trainer, train
@@ -80,7 +80,7 @@ def align(
     anchors: Sequence[str] = (),
     anchor_weight: float = ANCHOR_WEIGHT,
     reward_model: Model | RewardModel | None = None,
-    rank: int = 8,
+    rank: int | Sequence[int] = 8,
     lora_alpha: float = 16.0,
     preset: str = "laptop",
     learning_rate: float | None = None,
@@ -115,7 +115,8 @@ def align(
             loss.
         anchor_weight: weight of the divergence on them, per nat and token.
         reward_model: of credit "reward", see `interp.conflict.credits`.
-        rank, lora_alpha: of LoRA; its scale is lora_alpha / rank.
+        rank: of LoRA; one number, or one for each layer in ascending order.
+        lora_alpha: of LoRA; the scale of all layers is lora_alpha / the highest rank.
         preset: "laptop" or "gpu": an `AlignSettings`; the next arguments change one of its entries.
         learning_rate, epochs, batch_size, gradient_accumulation, patience: see `AlignSettings`.
         max_steps: optimiser steps, instead of epochs.
@@ -156,9 +157,11 @@ def align(
         if not 0 <= weight < float("inf"):
             raise InputError(f"{name}={weight}; expected a number of at least 0")
     chosen = tuple(sorted({model.arch.check_layer(layer) for layer in layers}))
-    if not chosen or rank < 1:
-        raise InputError(f"layers={list(chosen)}, rank={rank}; expected at least one layer and a rank of at least 1")
-    targets = tuple(attention_projections(model, chosen))
+    targets = {
+        name: own
+        for layer, own in zip(chosen, layer_ranks(chosen, rank), strict=True)
+        for name in attention_projections(model, [layer])
+    }
     train_pairs = _examples(model, preferences, "preferences")
     held_pairs = [] if validation is None else _examples(model, validation, "validation")
     shared = {item.prompt for item in train_pairs} & {item.prompt for item in held_pairs}
@@ -168,7 +171,7 @@ def align(
     every = checkpoint_steps or max(1, math.ceil(n_steps / settings.evaluations))
     kept = tuple(encode_anchors(model, anchors))
     plan = TrainingPlan(
-        settings, targets, rank, lora_alpha, beta, likelihood, kept, anchor_weight, n_steps, every, seed
+        settings, targets, lora_alpha, beta, likelihood, kept, anchor_weight, n_steps, every, seed
     )
     parameters = {
         "layers": list(chosen),
@@ -180,7 +183,7 @@ def align(
         "anchors": hashlib.sha256(repr(kept).encode()).hexdigest()[:16] if kept else None,
         "anchor_weight": anchor_weight if kept else None,
         "reward_model": _named(reward_model),
-        "rank": rank,
+        "rank": rank if isinstance(rank, int) else list(rank),
         "lora_alpha": lora_alpha,
         "settings": dataclasses.asdict(settings),
         "n_steps": n_steps,

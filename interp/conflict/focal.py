@@ -191,7 +191,10 @@ def focal_heads(result: Result, *, score: str = "excess", share: float = 0.1) ->
 
 
 def focal_layers(result: Result, *, rule: str = "half", score: str = "excess", share: float = 0.1) -> list[int]:
-    """The focal layers, in order.
+    """The focal layers, in order: where attention drifts most, which need not be where the conflict is settled.
+
+    On SmolLM2-135M another demand moves attention further than the conflict does (`localize`, `control="other"`);
+    `interp.conflict.restoring_layers` chooses by patching, which changes the answer.
 
     Args:
         result: what `localize` gave.

@@ -4,7 +4,8 @@
     random-i   as many other layers, drawn; focal ones only where too few others are left
     first      as many, from the bottom
     last       as many, from the top
-    all        every layer, with the largest rank that stays within the focal arm's number of parameters, at least 1
+    all        every layer, with the largest ranks that stay within the focal arm's number of parameters: equal up to one, the
+               higher ones evenly spread, at least 1
 
 Of LoRA (Hu et al., arXiv 2106.09685) a matrix (in, out) has r (in + out) parameters. `lora_alpha` goes with the rank, so that the
 scale lora_alpha / r is the same in every arm.
@@ -12,7 +13,7 @@ scale lora_alpha / r is the same in every arm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,13 @@ class LayerArm:
 
     Attributes:
         layers: 0-based, ascending.
-        rank: of LoRA.
-        lora_alpha: of LoRA.
+        rank: of LoRA, or one for each layer.
+        lora_alpha: of LoRA, for the highest rank.
         n_parameters: trainable ones.
     """
 
     layers: tuple[int, ...]
-    rank: int
+    rank: int | tuple[int, ...]
     lora_alpha: float
     n_parameters: int
 
@@ -82,13 +83,32 @@ def arms(
     found["first"] = _arm(model, tuple(range(size)), rank, lora_alpha)
     found["last"] = _arm(model, tuple(range(n_layers - size, n_layers)), rank, lora_alpha)
     every = tuple(range(n_layers))
-    smaller = max(1, found["focal"].n_parameters // lora_parameters(model, every, 1))
-    found["all"] = _arm(model, every, smaller, lora_alpha * smaller / rank)
+    ranks = _even_ranks([lora_parameters(model, [layer], 1) for layer in every], found["focal"].n_parameters)
+    smaller = ranks[0] if len(set(ranks)) == 1 else ranks
+    found["all"] = _arm(model, every, smaller, lora_alpha * max(ranks) / rank)
     return found
 
 
-def _arm(model: Model, layers: tuple[int, ...], rank: int, lora_alpha: float) -> LayerArm:
+def _arm(model: Model, layers: tuple[int, ...], rank: int | tuple[int, ...], lora_alpha: float) -> LayerArm:
     return LayerArm(layers, rank, lora_alpha, lora_parameters(model, layers, rank))
+
+
+def _even_ranks(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
+    """Ranks of layers of these sizes at rank 1: all equal, and as many one higher, evenly spread, as the budget allows.
+
+    Example:
+        >>> _even_ranks([10, 10, 10, 10], 60)
+        (2, 1, 2, 1)
+        >>> _even_ranks([10, 10], 5)
+        (1, 1)
+    """
+    n = len(sizes)
+    low = max(1, budget // sum(sizes))
+    for more in range(n - 1, 0, -1):
+        ranks = tuple(low + ((at * more) % n < more) for at in range(n))
+        if sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) <= budget:
+            return ranks
+    return (low,) * n
 
 
 def _draws(focal: tuple[int, ...], n_layers: int, n_random: int, seed: int) -> list[tuple[int, ...]]:
@@ -131,10 +151,28 @@ def attention_projections(model: Model, layers: Iterable[int]) -> dict[str, Any]
     return found
 
 
-def lora_parameters(model: Model, layers: Iterable[int], rank: int) -> int:
-    """How many parameters LoRA of this rank has on these layers' attention."""
-    shapes = (_matrix(module) for module in attention_projections(model, layers).values())
-    return sum(rank * sum(shape) for shape in shapes if shape is not None)
+def lora_parameters(model: Model, layers: Iterable[int], rank: int | Sequence[int]) -> int:
+    """How many parameters LoRA of this rank, or of these ranks of the layers in order, has on these layers' attention."""
+    layers = list(layers)
+    total = 0
+    for layer, own in zip(layers, layer_ranks(layers, rank), strict=True):
+        shapes = (_matrix(module) for module in attention_projections(model, [layer]).values())
+        total += sum(own * sum(shape) for shape in shapes if shape is not None)
+    return total
+
+
+def layer_ranks(layers: Sequence[int], rank: int | Sequence[int]) -> list[int]:
+    """The rank of each layer.
+
+    Raises:
+        InputError: no layer, a rank below 1, or another number of ranks than of layers.
+    """
+    ranks = [rank] * len(layers) if isinstance(rank, int) else list(rank)
+    if not layers or len(ranks) != len(layers) or min(ranks) < 1:
+        raise InputError(
+            f"layers={list(layers)}, rank={rank}; expected at least one layer, and one rank of at least 1 or one for each layer"
+        )
+    return ranks
 
 
 def _matrix(module: nn.Module) -> tuple[int, int] | None:

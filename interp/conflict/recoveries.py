@@ -74,6 +74,24 @@ def recovery(
     return table.assign(q=false_discovery(table["p"].to_numpy())[0])
 
 
+def restoring_layers(result: Result, n: int | None = None, *, site: str = "attn_out") -> list[int]:
+    """The layers whose patch brings back the most, in order: a causal choice beside `focal_layers`.
+
+    Args:
+        result: what `patch` gave.
+        n: how many; by default a fifth of those that were patched, at least 1.
+        site: of the patches; one that is local, as `thirds` says.
+
+    Raises:
+        InputError: another kind of result, a site that was not patched, more layers than were patched.
+    """
+    changes = _of_site(result, site).groupby("layer")["change"].sum()
+    n = max(1, round(len(changes) / 5)) if n is None else n
+    if not 1 <= n <= len(changes):
+        raise InputError(f"n={n}; expected 1 … {len(changes)}, as many as were patched")
+    return sorted(int(layer) for layer in changes.sort_values(ascending=False, kind="stable").index[:n])
+
+
 def agreement_with_drift(
     result: Result,
     scores: pd.DataFrame,

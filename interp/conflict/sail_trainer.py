@@ -16,6 +16,7 @@ import copy
 import json
 import logging
 import math
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -130,10 +131,14 @@ def build_trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)  # no nn.DataParallel: the model lies where it is
     pad_id = model.pad_id
     anchors, held_anchors = split_anchors(plan.anchors, len(held))
+    rank = max(plan.targets.values())
+    lower = {re.escape(name): own for name, own in plan.targets.items() if own < rank}
     lora = LoraConfig(
         task_type="CAUSAL_LM",
-        r=plan.rank,
+        r=rank,
+        rank_pattern=lower,
         lora_alpha=plan.lora_alpha,  # type: ignore[arg-type]
+        alpha_pattern={name: plan.lora_alpha * own / rank for name, own in lower.items()},
         lora_dropout=0.0,
         target_modules=list(plan.targets),
         fan_in_fan_out=model.arch.family.transposed,

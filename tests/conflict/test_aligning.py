@@ -318,6 +318,24 @@ def test_other_families_and_credits(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(merged, beside, atol=1e-5, rtol=1e-4)
 
 
+def test_a_rank_for_each_layer(model: Any, tmp_path: Path) -> None:
+    """Shapes of the matrices, and one scale: the merged weights are W + 4 B A, whatever the rank."""
+    from safetensors.torch import load_file
+
+    settings = {**QUICK, "max_steps": 2, "lora_alpha": 12.0}
+    made = align(model, TRAIN, [2, 0], out=tmp_path / "run", rank=(1, 3), **settings)
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert made.attachments["trainable"] == sum(value.numel() for value in weights.values())
+    merged = load_adapter(model, tmp_path / "run" / "adapter", merged=True).hf
+    for layer, rank in ((0, 1), (2, 3)):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        low, high = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert low.shape[0] == high.shape[1] == rank
+        change = merged.get_submodule(name).weight - model.hf.get_submodule(name).weight
+        assert change.abs().max() > 1e-5
+        torch.testing.assert_close(change, 4 * high @ low, atol=1e-6, rtol=1e-3)
+
+
 def test_layers_below_need_no_gradient(model: Any, tmp_path: Path) -> None:
     """Autograd keeps nothing of the layers below the lowest that is trained, and the adapter alone is trained."""
     from transformers import TrainerCallback
@@ -400,6 +418,7 @@ def test_bad_input(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"layers": []}, InputError, "expected at least one layer"),
         ({"layers": [3]}, InputError, "layer 3 is out of range"),
         ({"rank": 0}, InputError, "rank=0"),
+        ({"rank": (2, 3, 4)}, InputError, "one for each layer"),
         ({"preset": "phone"}, InputError, "expected one of laptop, gpu"),
         ({"credit": "half"}, InputError, "expected one of reward"),
         ({"alpha": -1}, InputError, "alpha=-1"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_encoder, tiny_tokenizer
 
-from interp.conflict.layer_arms import _draws, arms, attention_projections, lora_parameters
+from interp.conflict.layer_arms import _draws, _even_ranks, arms, attention_projections, lora_parameters
 from interp.errors import InputError
 from interp.model import load_model
 
@@ -56,15 +56,27 @@ def test_arms_have_equal_size() -> None:
     assert arms(model, [3, 4], seed=1, n_random=3) != found
 
 
-def test_all_layers_stay_below_where_ranks_do_not_divide() -> None:
+def test_all_layers_have_as_many_where_ranks_do_not_divide() -> None:
     model = chat_tiny(num_hidden_layers=8)
     found = arms(model, [1, 2, 5], rank=4, n_random=0)
-    assert found["all"].rank == 1
-    assert found["all"].n_parameters <= found["focal"].n_parameters
-    assert found["all"].lora_alpha == 4.0
+    assert found["all"].rank == (2, 1, 2, 1, 2, 1, 2, 1)  # 12 of 3 layers of rank 4
+    assert found["all"].n_parameters == found["focal"].n_parameters
+    assert found["all"].lora_alpha == 8.0
     tiny = arms(model, [1], rank=2, n_random=0)["all"]  # no rank below: the count says so
     assert tiny.rank == 1
     assert tiny.n_parameters == 4 * arms(model, [1], rank=2)["focal"].n_parameters
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(0, 200))
+def test_ranks_that_a_budget_allows(sizes: list[int], budget: int) -> None:
+    ranks = _even_ranks(sizes, budget)
+    used = sum(rank * size for rank, size in zip(ranks, sizes, strict=True))
+    assert set(ranks) <= {min(ranks), min(ranks) + 1}
+    assert min(ranks) >= 1
+    assert used <= max(budget, sum(sizes))
+    if len(set(sizes)) == 1 and budget >= sum(sizes):
+        assert budget - used < sizes[0]  # not one more would do
 
 
 @settings(max_examples=50, deadline=None)

@@ -20,7 +20,7 @@ from interp.conflict.kept_keys import keeps_keys
 from interp.conflict.pairs import encode_pair, make_pair
 from interp.conflict.patched_runs import packs
 from interp.conflict.patching import PATCH_COLUMNS, patch
-from interp.conflict.recoveries import agreement_with_drift, ratio_interval, recovery, thirds
+from interp.conflict.recoveries import agreement_with_drift, ratio_interval, recovery, restoring_layers, thirds
 from interp.conflict.wordings import Task
 from interp.errors import InputError, MemoryBudgetError, ResultError
 from interp.model import load_model
@@ -366,6 +366,21 @@ def test_recovery_by_hand() -> None:
     by_pair = recovery(result_of(rows), ("pair", "layer"))
     assert by_pair.set_index(["pair", "layer"]).loc[("2", 0), "recovery"] == pytest.approx(1 / 4)
     assert by_pair[["low", "high", "p"]].isna().all(axis=None)  # one task each
+
+
+def test_restoring_layers_by_hand() -> None:
+    rows = [
+        ("a", "1", site, layer, -1, 1.0, 0.0, change)
+        for site, changes in (("attn_out", (0.1, 0.4, -0.9, 0.3, 0.2)), ("resid_post", (0.9, 0.1, 0.2, 0.3, 0.4)))
+        for layer, change in enumerate(changes)
+    ]
+    assert restoring_layers(result_of(rows)) == [1]
+    assert restoring_layers(result_of(rows), 3) == [1, 3, 4]
+    assert restoring_layers(result_of(rows), 2, site="resid_post") == [0, 4]
+    with pytest.raises(InputError, match="n=6; expected 1 … 5"):
+        restoring_layers(result_of(rows), 6)
+    with pytest.raises(InputError, match="site 'head' was not patched"):
+        restoring_layers(result_of(rows), site="head")
 
 
 def test_no_gap_no_recovery() -> None:

@@ -15,7 +15,7 @@ from interp.conflict.head_ablation import ablate_heads, ablation_summary
 from interp.conflict.localization import localize
 from interp.conflict.pairs import encode_pair
 from interp.conflict.patching import patch
-from interp.conflict.recoveries import agreement_with_drift, recovery, thirds
+from interp.conflict.recoveries import agreement_with_drift, recovery, restoring_layers, thirds
 
 PLACES = [(0, 0), (0, 3), (1, 2), (2, 1), (2, 3)]
 
@@ -51,7 +51,7 @@ def test_drift_and_patching_rank_the_planted_head_first(place: tuple[int, int]) 
     patched = patch(model, pairs, site=("attn_out", "head", "resid_post"), progress=False)
 
     assert focal_heads(drift)[0] == place
-    assert focal_layers(drift) == [place[0]]
+    assert focal_layers(drift) == restoring_layers(patched, 1) == [place[0]]
     scores = head_scores(drift).set_index(["layer", "head"])["excess"]
     assert scores[place] > 100 * scores.drop(index=place).abs().max()
 

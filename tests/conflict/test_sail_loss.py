@@ -184,7 +184,7 @@ def test_alpha_zero_is_the_dpo_of_trl(credit: str, tmp_path: Path) -> None:
 
     def ours(alpha: float, likelihood: float = 0.0) -> tuple[float, dict[str, Any]]:
         credited = credit_pairs(model, PAIRS, credit, heads=[(0, 1), (2, 3)], alpha=alpha, beta=0.3)
-        plan = TrainingPlan(AlignSettings(), targets, 4, 8.0, 0.3, likelihood, (), 0.0, 1, 1, 0)
+        plan = TrainingPlan(AlignSettings(), dict.fromkeys(targets, 4), 8.0, 0.3, likelihood, (), 0.0, 1, 1, 0)
         with left_as_it_was(model):
             trainer = build_trainer(model, credited, [], plan, tmp_path / "ours")
             trained = randomised(trainer)
