@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,8 @@ from interp.errors import InputError
 _N_ANCHORS = 300
 # Pairs that choose the layers, where no file and no --layer does.
 _N_LOCALISE, _N_PATCH = 96, 48
+# What stands in --out beside the runs.
+_OWN = ("drift", "patch", "preferences", "validation", "measured", "before")
 
 
 def conflict_align(
@@ -66,7 +68,21 @@ def conflict_align(
         float | None, typer.Option("--anchor-weight", help="Of the divergence on them; 2 by default.")
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Of LoRA.")] = 8,
-    preset: Annotated[str, typer.Option("--preset", help="laptop (two cores) or gpu.")] = "laptop",
+    preset: Annotated[
+        str, typer.Option("--preset", help="laptop (two cores) or gpu; the next three change one entry of it.")
+    ] = "laptop",
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the pairs.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Pairs per forward pass; fewer where memory is short.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="The highest.")] = None,
+    run: Annotated[
+        str,
+        typer.Option(
+            "--run",
+            help="Folder within --out for this training; others beside it share the pairs and what is measured.",
+        ),
+    ] = "run",
     pairs: Annotated[int, typer.Option("--pairs", help="Training pairs of prompts.")] = 288,
     validation: Annotated[
         int, typer.Option("--validation", help="Validation pairs; training stops early on them.")
@@ -105,6 +121,7 @@ def conflict_align(
         restoring_layers,
     )
     from interp.conflict import patch as patch_layers
+    from interp.conflict.aligning import check_settings
     from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
     from interp.results import load_result
 
@@ -112,14 +129,31 @@ def conflict_align(
         raise InputError(f"--select {select!r}; expected drift or patch")
     if layer and select:
         raise InputError(f"--layer names the layers and --select {select} chooses them; give one of the two")
-    if drift is not None and select == "patch" and credit != "attention":
-        raise InputError("--drift is not used with --select patch; leave one of the two out")
+    if drift is not None and (select == "patch" or layer) and credit != "attention":
+        other = "--layer" if layer else "--select patch"
+        raise InputError(f"--drift is not used with {other}; leave one of the two out")
+    if run in _OWN or Path(run).name != run or run.startswith("."):
+        raise InputError(f"--run {run!r}; expected a folder's name other than {', '.join(_OWN)}")
+    settings: dict[str, Any] = {
+        "credit": credit,
+        "alpha": alpha,
+        "beta": beta,
+        "likelihood": likelihood,
+        "anchor_weight": ANCHOR_WEIGHT if anchor_weight is None else anchor_weight,
+        "rank": rank,
+        "preset": preset,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
     read, texts = read_template(template), read_anchors(anchors)
     training = make(pairs, "training", family, wording, setting, tasks, seed)
     checking = make(validation, "validation", family, wording, setting, tasks, seed) if validation else []
     held_out = make(measure, "held-out", family, wording, setting, tasks, seed) if measure else []
     loaded = load(model, device, dtype)
-    encode_anchors(loaded, texts)  # what is wrong with them is said before anything is measured
+    # What is wrong with these is said before anything is measured.
+    check_settings(loaded, layer or None, **settings)
+    encode_anchors(loaded, texts)
     measured = None
     if drift is not None:
         measured = load_result(drift)
@@ -144,20 +178,15 @@ def conflict_align(
         loaded,
         balanced(preferences) if balance else preferences,
         layers,
-        out=out / "run",
+        out=out / run,
         validation=balanced(checks) if checks is not None and balance else checks,
         heads=focal_heads(measured) if credit == "attention" and measured is not None else None,
-        credit=credit,
-        alpha=alpha,
-        beta=beta,
-        likelihood=likelihood,
         anchors=texts,
-        anchor_weight=ANCHOR_WEIGHT if anchor_weight is None else anchor_weight,
-        rank=rank,
-        preset=preset,
+        measured=out / "measured",
         seed=seed,
+        **settings,
     )
-    adapter = out / "run" / "adapter"
+    adapter = out / run / "adapter"
     print(f"wrote {adapter}", file=sys.stderr)
     if not held_out:
         show(history.frame.tail(5), as_json)
@@ -165,7 +194,7 @@ def conflict_align(
     prompts = ("agree", "conflict")
     before = follow(loaded, held_out, prompts, template=read, out=out / "before")
     with adapted(loaded, adapter):
-        after = follow(loaded, held_out, prompts, template=read, out=out / "after")
+        after = follow(loaded, held_out, prompts, template=read, out=out / run / "after")
     parts = [
         follow_summary(result, ("family",)).assign(model=name)
         for name, result in (("before", before), ("after", after))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +26,21 @@ from interp.cli_conflict_shared import (
     records,
 )
 from interp.cli_shared import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, SeedOption, load, show
-from interp.errors import InputError
+from interp.errors import InputError, InterpError, ResourceError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp.results import Result
+
+# What messages of the Python functions advise, as options.
+_AS_OPTION = {
+    "out_of_range='drop'": "--out-of-range drop",
+    "key_env=None": "--key-env none",
+    "rubric='template'": "--rubric template",
+}
+# The rubric of a judge that is not told which; scores by another one are kept beside these.
+_OWN_RUBRIC = {"local": "template", "api": "written"}
 
 
 def conflict_score(
@@ -47,13 +65,37 @@ def conflict_score(
         str | None, typer.Option("--base-url", help="Of an OpenAI-compatible server, for --judge api.")
     ] = None,
     key_env: Annotated[
-        str, typer.Option("--key-env", help="Environment variable with the server's key.")
+        str,
+        typer.Option("--key-env", help="Environment variable with the server's key; none for a server without keys."),
     ] = "OPENAI_API_KEY",
+    rubric: Annotated[
+        str | None,
+        typer.Option(
+            "--rubric",
+            help="What 1 to 5 mean: template, a fixed text, or written by the judge for each role and task. "
+            "Default: template for local, written for api.",
+        ),
+    ] = None,
     weight: Annotated[
         list[str] | None,
         typer.Option("--weight", help="DIMENSION=λ, such as constraint_compliance=0.4; they sum to 1."),
     ] = None,
-    by: Annotated[list[str] | None, typer.Option("--by", help="Columns to group by; default: prompt.")] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            help="A column to group by: family, system_rule, user_rule, prompt, setting, wording or model; again for more. "
+            "Default: prompt.",
+        ),
+    ] = None,
+    out_of_range: Annotated[
+        str,
+        typer.Option(
+            "--out-of-range",
+            help="A judge that answered no score, or none from 1 to 5: refuse to average it, or drop the answers concerned. "
+            "With the same --out nothing is asked again.",
+        ),
+    ] = "refuse",
     pairs: PairsOption = 24,
     part: PartOption = "held-out",
     family: FamilyOption = None,
@@ -71,70 +113,147 @@ def conflict_score(
     as_json: JsonOption = False,
 ) -> None:
     """Grade answers by CRAS (goal, role, knowledge boundary, constraint; 1 to 5), with one judge or several."""
-    import pandas as pd
-
-    from interp.conflict import compare_judges, cras, cras_summary, follow, queries_from_follow
+    from interp.conflict import cras, follow, queries_from_follow
     from interp.results import load_result
 
     names = judge or ["rule"]
     unknown = [name for name in names if name not in ("rule", "local", "api")]
     if unknown or len(set(names)) < len(names):
         raise InputError(f"--judge {', '.join(names)}; expected rule, local or api, each at most once")
-    weights = read_weights(weight)
-    prompts = ("system", "agree", "conflict")
     if "api" in names:
         check_api(base_url, judge_model)
-    if answers is not None:
-        from interp.conflict.answers import pairs_of
+    check_rubric(rubric, names)
+    if out_of_range not in ("refuse", "drop"):
+        raise InputError(f"--out-of-range {out_of_range!r}; expected refuse or drop")
+    weights, columns = read_weights(weight), read_columns(by)
+    prompts = ("system", "agree", "conflict")
+    read = read_template(template)
+    with keeping(out) as folder:
+        # What can be wrong with a server's judge is said before a model is loaded.
+        made = {name: make_judge(name, judge_model, base_url, key_env, rubric, folder) for name in names}
+        if answers is not None:
+            from interp.conflict.answers import pairs_of
 
-        check_unused(context, ("pairs", "part", "family", "wording", "setting", "template", "seed"))
-        answered = load_result(answers)
-        asked = pairs_of(answered, None if tasks is None else tasks)
-    else:
-        asked = make(pairs, part, family, wording, setting, tasks, seed)
-    loaded = load(model, device, dtype) if answers is None or ("local" in names and judge_model is None) else None
-    if answers is None:
-        place = None if out is None else out / "answers"
-        answered = follow(loaded, asked, prompts, template=read_template(template), out=place)
-    here = [name for name in prompts if name in set(answered.frame["prompt"].astype(str))]
-    queries = queries_from_follow(answered, asked, prompts=here)
-    results = []
-    for name in names:
-        made = make_judge(name, loaded, judge_model, base_url, key_env, device, dtype, out)
-        results.append(cras(made, queries, weights=weights, out=None if out is None else out / f"scores-{name}"))
-    table = pd.concat([cras_summary(result, by=by or ("prompt",)) for result in results], ignore_index=True)
-    agreed = compare_judges(results) if len(results) > 1 else None
-    if as_json:
-        found = {"scores": records(table)} | ({} if agreed is None else {"agreement": records(agreed)})
-        print(json.dumps(found))
-        return
-    show(table)
-    if agreed is not None:
-        show(agreed)
+            check_unused(context, ("pairs", "part", "family", "wording", "setting", "template", "seed"))
+            answered = load_result(answers)
+            asked = pairs_of(answered, None if tasks is None else tasks)
+        else:
+            asked = make(pairs, part, family, wording, setting, tasks, seed)
+        loaded = load(model, device, dtype) if answers is None or ("local" in names and judge_model is None) else None
+        if "local" in names:
+            judging = loaded if judge_model is None else load(judge_model, device, dtype)
+            made["local"] = make_local_judge(judging, rubric)
+        if answers is None:
+            answered = follow(loaded, asked, prompts, template=read, out=folder / "answers")
+        here = [name for name in prompts if name in set(answered.frame["prompt"].astype(str))]
+        queries = queries_from_follow(answered, asked, prompts=here)
+        results = []
+        for name in names:
+            other = rubric if name in _OWN_RUBRIC and rubric not in (None, _OWN_RUBRIC[name]) else None
+            place = folder / "-".join(filter(None, ("scores", name, other)))
+            results.append(cras(made[name], queries, weights=weights, out=place))
+        table = summarise(results, columns, out_of_range)
+        agreed = agreement(results, out_of_range)
+        if as_json:
+            found = {"scores": records(table)} | ({} if agreed is None else {"agreement": records(agreed)})
+            print(json.dumps(found))
+            return
+        show(table)
+        if agreed is not None:
+            show(agreed)
+
+
+@contextmanager
+def keeping(out: Path | None) -> Iterator[Path]:
+    """The folder of a run: --out, or one of our own that goes when all is well and stays where something would be lost.
+
+    Raises:
+        ResourceError: there is no place for a folder.
+        InterpError: what went wrong inside, with advice as options, and with the folder that keeps what was made.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="interp-score-")) if out is None else out
+    except OSError as error:
+        raise ResourceError(f"no folder for answers and scores: {error}; name one with --out") from error
+    kept = False
+    try:
+        yield folder
+    except BaseException as error:
+        kept = out is None and any(
+            path.suffix in (".parquet", ".json") and path.name != "manifest.json" for path in folder.rglob("*")
+        )
+        note = f"Give --out {folder} to go on from what was answered and graded"
+        if isinstance(error, InterpError):
+            message = str(error)
+            for given, option in _AS_OPTION.items():
+                message = message.replace(given, option)
+            error.args = (f"{message}. {note}" if kept else message,)
+        elif kept:
+            print(f"interp: {note}", file=sys.stderr)
+        raise
+    finally:
+        if out is None and not kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_judge(
-    name: str,
-    loaded: Any,
-    judge_model: str | None,
-    base_url: str | None,
-    key_env: str,
-    device: str | None,
-    dtype: str | None,
-    out: Path | None,
+    name: str, judge_model: str | None, base_url: str | None, key_env: str, rubric: str | None, folder: Path
 ) -> Any:
-    """The judge that the options name."""
+    """The judge that the options name; `None` for the local one, which waits for a model."""
     if name == "rule":
         from interp.conflict import RuleJudge
 
         return RuleJudge()
     if name == "local":
-        from interp.conflict import LocalJudge
-
-        return LocalJudge(loaded if judge_model is None else load(judge_model, device, dtype))
+        return None
     from interp.conflict import ApiJudge
 
-    return ApiJudge(base_url, judge_model, key_env=key_env, cache=None if out is None else out / "replies")
+    return ApiJudge(
+        base_url,
+        judge_model,
+        key_env=None if key_env == "none" else key_env,
+        rubric=rubric or _OWN_RUBRIC[name],
+        cache=folder / "replies",
+    )
+
+
+def make_local_judge(model: Any, rubric: str | None) -> Any:
+    """The judge that is a model."""
+    from interp.conflict import LocalJudge
+
+    return LocalJudge(model, rubric=rubric or _OWN_RUBRIC["local"])
+
+
+def summarise(results: Sequence[Result], by: Sequence[str], out_of_range: str) -> pd.DataFrame:
+    """CRAS of every judge.
+
+    Raises:
+        InputError: see `cras_summary`; it says how many scores are kept.
+    """
+    import pandas as pd
+
+    from interp.conflict import cras_summary
+
+    try:
+        return pd.concat(
+            [cras_summary(result, by=by, out_of_range=out_of_range) for result in results], ignore_index=True
+        )
+    except InputError as error:
+        n = sum(len(result.frame) for result in results)
+        raise InputError(f"{error}. All {n} scores are kept, and no judge is asked for them again") from None
+
+
+def agreement(results: Sequence[Result], out_of_range: str) -> pd.DataFrame | None:
+    """How far judges agree; nothing, and why on stderr, where that cannot be said."""
+    from interp.conflict import compare_judges
+
+    if len(results) < 2:
+        return None
+    try:
+        return compare_judges(results, out_of_range=out_of_range)
+    except InputError as error:
+        print(f"no agreement: {error}", file=sys.stderr)
+        return None
 
 
 def check_unused(context: typer.Context, names: Sequence[str]) -> None:
@@ -158,12 +277,40 @@ def check_api(base_url: str | None, judge_model: str | None) -> None:
         raise InputError("--judge api needs --base-url, such as http://localhost:8000/v1, and --judge-model")
 
 
+def check_rubric(rubric: str | None, names: Sequence[str]) -> None:
+    """Refuses a rubric that no judge can use.
+
+    Raises:
+        InputError: it is unknown, or the rule judge is alone.
+    """
+    if rubric not in (None, "template", "written"):
+        raise InputError(f"--rubric {rubric!r}; expected template or written")
+    if rubric is not None and not set(names) & set(_OWN_RUBRIC):
+        raise InputError("--rubric is not used by --judge rule, whose rubric is its rules; leave it out")
+
+
+def read_columns(given: list[str] | None) -> list[str]:
+    """The columns to group by.
+
+    Raises:
+        InputError: an unknown one.
+    """
+    from interp.conflict.cras_summaries import FACTS
+
+    unknown = [name for name in given or () if name not in FACTS]
+    if unknown:
+        raise InputError(f"--by {unknown[0]!r}; expected some of {', '.join(FACTS)}")
+    return list(dict.fromkeys(given or ["prompt"]))
+
+
 def read_weights(given: list[str] | None) -> dict[str, float] | None:
     """DIMENSION=λ options as a mapping.
 
     Raises:
-        InputError: not of that form.
+        InputError: not of that form, or no weights of dimensions.
     """
+    from interp.conflict.cras_summaries import check_weights
+
     if not given:
         return None
     weights = {}
@@ -173,4 +320,8 @@ def read_weights(given: list[str] | None) -> dict[str, float] | None:
             weights[name] = float(number)
         except ValueError:
             raise InputError(f"--weight {entry!r}; expected DIMENSION=λ, such as constraint_compliance=0.4") from None
+    try:
+        check_weights(weights)
+    except InputError as error:
+        raise InputError(f"--weight: {error}") from None
     return weights

@@ -27,6 +27,23 @@ def test_the_plain_sweep_gives_the_same_preferences(monkeypatch: pytest.MonkeyPa
     assert {key: ours[key] for key in found} == pytest.approx(found, abs=1e-5)
 
 
+def test_the_plain_sweep_captures_once_per_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass of the consistent prompt per pair, whatever the layers; else one of a single text per layer, pair and answer."""
+    script(monkeypatch)
+    model = chat_tiny(seed=2)
+    pairs = make_pairs("localisation", 3, families=["case"])
+    contrasts = make_contrasts(model, pairs).found
+    texts: list[int] = []
+    heads: list[int] = []
+    model.hf.base_model.register_forward_hook(lambda _, __, out: texts.append(len(out.last_hidden_state)))
+    model.hf.lm_head.register_forward_hook(lambda _, __, out: heads.append(len(out)))
+    found = subject().plain_sweep(model, pairs, contrasts, [0, 1, 2])
+    assert len(found) == 3 * 3
+    assert texts == [1] * (3 + 3 * 3 * 2)
+    assert heads == [1] * (3 * 3 * 2)
+    assert not any(model.arch.attention(layer)._forward_hooks for layer in range(3))
+
+
 def test_rows_are_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     script(monkeypatch)
     module, model = subject(), chat_tiny()

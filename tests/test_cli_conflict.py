@@ -144,12 +144,36 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     assert "list" in followed.stdout
     # A second call finds what is there.
     assert parsed(run(*arguments, "--out", tmp_path / "run", "--credit", "attention", "--json")) == rows
-    # Layers by hand, without measuring.
+    # Layers by hand, without measuring; the same folder, so that the pairs are there.
+    made = (tmp_path / "run" / "preferences" / "manifest.json").stat().st_mtime_ns
     table = run(
-        *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
-        *("--out", tmp_path / "other", "--layer", 0, "--layer", 2, "--credit", "none", "--anchors", "none"),
+        *("conflict", "align", "--pairs", 6, "--validation", 2, "--measure", 0, *SOME, "--model", folder),
+        *(
+            "--out",
+            tmp_path / "run",
+            "--run",
+            "other",
+            "--epochs",
+            0.5,
+            "--batch-size",
+            1,
+            "--learning-rate",
+            0.001,
+            "--layer",
+            0,
+            "--layer",
+            2,
+            "--credit",
+            "none",
+            "--anchors",
+            "none",
+        ),
     )
     assert "loss" in table.stdout
+    assert (tmp_path / "run" / "preferences" / "manifest.json").stat().st_mtime_ns == made
+    record = json.loads((tmp_path / "run" / "other" / "run.json").read_text())
+    assert record["layers"] == [0, 2]
+    assert [record["settings"][name] for name in ("epochs", "batch_size", "learning_rate")] == [0.5, 1, 0.001]
     # Layers by patching: one of three, the one that the analysis of what was patched names.
     chosen = run(
         *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
@@ -182,7 +206,17 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
         (["align", "--out", "x", "--preset", "boss", "--pairs", "2"], "boss"),
         (["align", "--out", "x", "--select", "boss"], "--select 'boss'; expected drift or patch"),
         (["align", "--out", "x", "--select", "patch", "--layer", "1"], "give one of the two"),
-        (["align", "--out", "x", "--select", "patch", "--drift", "d.parquet"], "--drift is not used"),
+        (
+            ["align", "--out", "x", "--select", "patch", "--drift", "d.parquet"],
+            "--drift is not used with --select patch",
+        ),
+        (["align", "--out", "x", "--layer", "1", "--drift", "d.parquet"], "--drift is not used with --layer"),
+        (["align", "--out", "x", "--run", "drift"], "--run 'drift'; expected a folder's name"),
+        (["align", "--out", "x", "--run", "../y"], "--run '../y'; expected a folder's name"),
+        (["align", "--out", "x", "--credit", "boss"], "boss"),
+        (["align", "--out", "x", "--layer", "99"], "99"),
+        (["align", "--out", "x", "--rank", "0"], "rank=0"),
+        (["align", "--out", "x", "--batch-size", "0"], "batch_size=0"),
     ],
 )
 def test_bad_options_say_what_is_expected(
@@ -191,6 +225,7 @@ def test_bad_options_say_what_is_expected(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InterpError, match=message):
         run("conflict", *arguments, "--model", folder)
+    assert not list(tmp_path.iterdir())  # said before anything was measured
 
 
 def test_answers_of_other_tasks_need_their_file(folder: Path, tmp_path: Path) -> None:

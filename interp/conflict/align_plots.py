@@ -62,7 +62,8 @@ def align(result: Result, value: str = "loss") -> go.Figure:
             )
         )
     chance = {"loss": 0.693147, "margin": 0.0, "accuracy": 0.5}[value]
-    drawn.add_hline(y=chance, line={"color": REFERENCE, "dash": "dot", "width": 1}, annotation_text="no preference")
+    if value != "loss" or not (given.get("likelihood") or given.get("anchors")):  # other terms move it
+        drawn.add_hline(y=chance, line={"color": REFERENCE, "dash": "dot", "width": 1}, annotation_text="no preference")
     if known["n_validation"]:
         drawn.add_vline(x=known["best_step"], line={"color": REFERENCE, "width": 1}, annotation_text="kept")
     return drawn

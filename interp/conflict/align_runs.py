@@ -21,7 +21,12 @@ HISTORY_COLUMNS = (
     Column("step", "int32", "steps", "optimiser steps so far"),
     Column("epoch", "float64", "epochs", "passes over the pairs so far"),
     Column("split", "category", "", "train: mean since the row before; validation: all validation pairs"),
-    Column("loss", "float64", "nats", "−log σ(margin), mean over pairs; log 2 at the start"),
+    Column(
+        "loss",
+        "float64",
+        "nats",
+        "what is minimised: −log σ(margin), mean over pairs, log 2 at the start; and the weighted chosen_nll and anchor_kl",
+    ),
     Column(
         "margin", "float64", "nats", "credited reward of the chosen answer minus that of the rejected, mean over pairs"
     ),

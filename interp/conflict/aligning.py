@@ -143,7 +143,6 @@ def align(
         >>> after = load_adapter(model, "run/adapter")                                         # doctest: +SKIP
     """
     start = time.perf_counter()
-    require_peft()
     changes = {
         "learning_rate": learning_rate,
         "epochs": epochs,
@@ -151,12 +150,19 @@ def align(
         "gradient_accumulation": gradient_accumulation,
         "patience": patience,
     }
-    settings = _settings(preset, changes)
-    check_credit(credit, alpha, beta)
-    for name, weight in (("likelihood", likelihood), ("anchor_weight", anchor_weight)):
-        if not 0 <= weight < float("inf"):
-            raise InputError(f"{name}={weight}; expected a number of at least 0")
     chosen = tuple(sorted({model.arch.check_layer(layer) for layer in layers}))
+    settings = check_settings(
+        model,
+        chosen,
+        credit=credit,
+        alpha=alpha,
+        beta=beta,
+        likelihood=likelihood,
+        anchor_weight=anchor_weight,
+        rank=rank,
+        preset=preset,
+        **changes,
+    )
     targets = {
         name: own
         for layer, own in zip(chosen, layer_ranks(chosen, rank), strict=True)
@@ -170,9 +176,7 @@ def align(
     n_steps = _n_steps(settings, max_steps, len(train_pairs))
     every = checkpoint_steps or max(1, math.ceil(n_steps / settings.evaluations))
     kept = tuple(encode_anchors(model, anchors))
-    plan = TrainingPlan(
-        settings, targets, lora_alpha, beta, likelihood, kept, anchor_weight, n_steps, every, seed
-    )
+    plan = TrainingPlan(settings, targets, lora_alpha, beta, likelihood, kept, anchor_weight, n_steps, every, seed)
     parameters = {
         "layers": list(chosen),
         "heads": None if heads is None else [list(head) for head in heads],
@@ -245,7 +249,33 @@ def align(
     return result
 
 
-def _settings(preset: str, changes: dict[str, Any]) -> AlignSettings:
+def check_settings(
+    model: Model,
+    layers: Sequence[int] | None = None,
+    *,
+    credit: str = "reward",
+    alpha: float = 0.5,
+    beta: float = 0.1,
+    likelihood: float = 0.0,
+    anchor_weight: float = ANCHOR_WEIGHT,
+    rank: int | Sequence[int] = 8,
+    preset: str = "laptop",
+    **changes: float | None,
+) -> AlignSettings:
+    """What `align` refuses before it looks at any pair: for runs that make their pairs first.
+
+    Args:
+        model, credit, alpha, beta, likelihood, anchor_weight, rank, preset: as `align`.
+        layers: as `align`; `None` where they are not known yet.
+        changes: learning_rate, epochs, batch_size, gradient_accumulation, patience; `None` leaves the preset's.
+
+    Returns:
+        The preset with the changes.
+
+    Raises:
+        InputError, ResourceError: as `align`.
+    """
+    require_peft()
     if preset not in PRESETS:
         raise InputError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}")
     settings = dataclasses.replace(
@@ -254,6 +284,13 @@ def _settings(preset: str, changes: dict[str, Any]) -> AlignSettings:
     for name in ("learning_rate", "epochs", "batch_size", "gradient_accumulation", "patience"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise InputError(f"{name}={getattr(settings, name)}; expected a number above 0")
+    check_credit(credit, alpha, beta)
+    for name, weight in (("likelihood", likelihood), ("anchor_weight", anchor_weight)):
+        if not 0 <= weight < float("inf"):
+            raise InputError(f"{name}={weight}; expected a number of at least 0")
+    layers = [0] if layers is None else [model.arch.check_layer(layer) for layer in layers]
+    layer_ranks(layers, rank)
+    attention_projections(model, layers)
     return settings
 
 

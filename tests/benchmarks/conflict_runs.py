@@ -2,8 +2,9 @@
 
 1. *Drift*: `localize` on 200 pairs against the plain forward passes of the same prompts, in the same batches, without LM head.
    Memory: the extra peak of 200 pairs against that of 20.
-2. *Patching sweep*: the attention output of every layer in turn, against one forward pass per layer, pair and
-   answer with a hook that puts the same values in. Both give the same preferences, and the row says how far they differ.
+2. *Patching sweep*: the attention output of every layer in turn, against one plain forward pass per layer, pair and
+   answer with a hook that puts the same values in; these are captured once per pair, all layers in one pass of the consistent
+   prompt. Both give the same preferences, and the row says how far they differ.
 3. *Answers*: generated in batches against one at a time, both with a KV cache; equal answers are counted.
 """
 
@@ -102,7 +103,7 @@ def plain_passes(model: Any, prompts: list[tuple[int, ...]]) -> None:
 
 
 def patch_row(model: Any, n_pairs: int, layers: list[int] | None, quick: bool) -> Row:
-    """The sweep over layers against a forward pass per layer, pair and answer."""
+    """The sweep over layers against a forward pass per layer, pair and answer, and one per pair that captures."""
     from interp.conflict import make_contrasts, make_pairs, patch
 
     wanted = make_pairs("localisation", n_pairs, families=["case", "quotation"])
@@ -121,7 +122,7 @@ def patch_row(model: Any, n_pairs: int, layers: list[int] | None, quick: bool) -
         quick,
         **ratio_of(times["ours"], times["theirs"]),
         name="patching sweep over layers: time",
-        against="a forward pass per layer, pair and answer",
+        against="a forward pass per layer, pair and answer, after one per pair that captures",
         target="<= 0.2",
         n=f"{len(pairs)} pairs, {len(swept)} layers, two answers of {_ANSWER_TOKENS} tokens",
         note=f"preferences agree within {error:.0e} nats per token",
@@ -136,36 +137,50 @@ def plain_sweep(model: Any, pairs: Any, contrasts: Any, layers: list[int]) -> di
     found = {}
     for pair in pairs:
         encoded = encode_pair(model, pair, ("agree", "conflict"))
-        n_last = encoded["conflict"].suffix
+        prompt, n_last = encoded["conflict"].ids, encoded["conflict"].suffix
         answers = (contrasts[pair.id].system_ids, contrasts[pair.id].user_ids)
         shared = next(at for at, (a, b) in enumerate(zip(*answers, strict=False)) if a != b)
         answers = tuple(ids[: shared + _ANSWER_TOKENS] for ids in answers)
+        kept = captured(model, encoded["agree"].ids, layers, n_last)
+        place = slice(len(prompt) - n_last, len(prompt))
         for layer in layers:
-            module = model.arch.attention(layer)
-            kept: list[torch.Tensor] = []
-            handle = module.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0][0].clone()))
-            model.hf.base_model(torch.tensor([encoded["agree"].ids]), use_cache=False)
-            handle.remove()
-            place = slice(len(encoded["conflict"].ids) - n_last, len(encoded["conflict"].ids))
 
-            def put(_: Any, __: Any, out: Any, kept: Any = kept, place: Any = place, n: int = n_last) -> Any:
-                new = out[0].clone()
-                new[0, place] = kept[0][-n:]
-                return (new, *out[1:])
+            def put(_: Any, __: Any, out: Any, new: torch.Tensor = kept[layer], place: slice = place) -> Any:
+                changed = out[0].clone()
+                changed[0, place] = new
+                return (changed, *out[1:])
 
-            handle = module.register_forward_hook(put)
+            handle = model.arch.attention(layer).register_forward_hook(put)
             try:
                 means = []
                 for ids in answers:
-                    whole = [*encoded["conflict"].ids, *ids]
-                    logits = model.hf(torch.tensor([whole]), use_cache=False).logits[0].float().log_softmax(-1)
-                    places = range(shared, len(ids))
-                    first = len(encoded["conflict"].ids) - 1
-                    means.append(np.mean([float(logits[first + at, ids[at]]) for at in places]))
+                    logits = model.hf(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0]
+                    scores = logits[len(prompt) - 1 + shared : -1].float().log_softmax(-1)  # of the tokens that count
+                    means.append(np.mean([float(scores[at, token]) for at, token in enumerate(ids[shared:])]))
             finally:
                 handle.remove()
             found[pair.id, layer] = float(means[0] - means[1])
     return found
+
+
+@torch.no_grad()
+def captured(model: Any, ids: tuple[int, ...], layers: list[int], n_last: int) -> dict[int, torch.Tensor]:
+    """{layer: what its attention writes at the prompt's last tokens}, all layers in one pass without LM head."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_: Any, __: Any, out: Any) -> None:
+            kept[layer] = out[0][0, -n_last:].clone()
+
+        return hook
+
+    handles = [model.arch.attention(layer).register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        model.hf.base_model(torch.tensor([ids]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
 
 
 def answers_row(model: Any, n: int, new_tokens: int, quick: bool) -> Row:
