@@ -136,10 +136,10 @@ def heads_matter(table: pd.DataFrame, how: str) -> Claim:
 
 
 def _matters(focal: pd.Series, difference: pd.Series) -> bool | None:
-    """Open while the interval holds 0, or with too few random sets for any rank to be rare."""
-    if difference["low"] <= 0 <= difference["high"] or 1 / (focal["n_sets"] + 1) > 0.05:
+    """Open while the interval holds 0, or with too few random sets for any rank to be rare, or where the rank is not."""
+    if 1 / (focal["n_sets"] + 1) > 0.05:
         return None
-    return bool(focal["p_sets"] <= 0.05 and difference["low"] > 0)
+    return _with_test(_side(difference["low"], difference["high"]), focal["p_sets"])
 
 
 def obeys_more(row: pd.Series, where: str, published: bool = False) -> Claim:
@@ -187,10 +187,10 @@ def keeps(row: pd.Series, where: str) -> Claim:
     )
 
 
-def generalises(row: pd.Series, where: str) -> Claim:
-    """Families that were never trained."""
+def generalises(row: pd.Series, where: str, which: str) -> Claim:
+    """Families that were never trained; `which` says whether the model followed them before."""
     return Claim(
-        f"{where}: the trained hierarchy holds for families of rules that were not trained",
+        f"{where}: the trained hierarchy holds for other families of rules ({which})",
         "ours",
         None,
         f"{row['conflict'] - row['change']:.0%} → {row['conflict']:.0%}, change {row['change']:+.2f} (interval)",
@@ -207,37 +207,38 @@ def beats(name: str, difference: tuple[float, float, float], n: int, source: str
 
 
 def neurons_stay(share: float, n: int, same_top: float, where: str) -> Claim:
-    """The top token of neurons: by construction all of them, since only attention is trained."""
+    """The top token of neurons: by construction all of them, since only attention is trained; so nothing is claimed."""
     return Claim(
-        f"{where}: neurons keep their top token (share; adapters on attention cannot change what MLP neurons decode to)",
+        f"{where}: neurons keep their top token (a check: adapters on attention cannot change what MLP neurons decode to)",
         "Davies 2025, arXiv 2501.02688: base against instruct",
         f"over {STABLE:.0%}",
         f"{share:.1%} of neurons; next-token predictions on prose keep theirs at {same_top:.1%} of positions",
         None,
         n,
-        bool(share > STABLE),
+        False if share <= STABLE else None,
     )
 
 
-def scores(
-    before: pd.Series, after: pd.Series, tasks: pd.Series, judge: str, where: str, published: bool = False
-) -> Claim:
-    """CRAS before and after, pair by pair.
+def scores(before: pd.DataFrame, after: pd.DataFrame, tasks: pd.Series, where: str, published: bool = False) -> Claim:
+    """CRAS by the rule judge before and after, pair by pair, over the dimensions that are known of both answers.
 
     Args:
-        before, after: CRAS of each pair.
+        before, after: by pair, one column per dimension.
         tasks: of each pair.
-        judge: its name.
         where: which layers were trained.
         published: by the loss as published alone.
     """
-    difference = (after - before).to_numpy()
+    known = before.notna() & after.notna()
+    first, second = (table.where(known).mean(axis=1) for table in (before, after))
+    difference = (second - first).to_numpy()
     low, high = map(float, bootstrap_mean_clustered(difference, tasks.to_numpy()))
+    goals = [table["goal_alignment"].where(known["goal_alignment"]).mean() for table in (before, after)]
     return Claim(
-        f"{where}: CRAS under conflict rises ({judge} judge)",
+        f"{where}: CRAS under conflict rises (trained families; rule judge, whose constraint and role scores are the verifier's)",
         PAPER if published else OURS,
         None,
-        f"{before.mean():.2f} → {after.mean():.2f} of 5, change {difference.mean():+.2f} (interval)",
+        f"{first.mean():.2f} → {second.mean():.2f} of 5, change {difference.mean():+.2f} (interval); goal alignment alone "
+        f"{goals[0]:.2f} → {goals[1]:.2f} (n = {int(known['goal_alignment'].sum())})",
         _interval(low, high),
         len(difference),
         _side(low, high),
@@ -256,5 +257,5 @@ def _side(low: float, high: float, at: float = 0.0) -> bool | None:
 
 
 def _with_test(side: bool | None, p: float) -> bool | None:
-    """The interval's side where a test is on it too; open where the two disagree."""
+    """The interval's side, and where it is above 0, if a test of that is on it too; open where the two disagree."""
     return side if side is False or p <= 0.05 else None

@@ -35,7 +35,9 @@ from interp.conflict.anchors import ANCHOR_WEIGHT
 from interp.conflict.cras_summaries import answers as cras_by_answer
 from interp.conflict.pairs import HELD_OUT_FAMILIES, Pair
 from interp.conflict.preferences import counts
+from interp.conflict.rubrics import DIMENSIONS
 from interp.conflict.verifiers import BUILT_IN
+from interp.errors import ResultError
 from interp.report import titled
 from interp.report.claims import Claim
 from interp.results import Result
@@ -50,6 +52,8 @@ LOCALISED = {
     "patched": "adapters on as many layers by patching",
     "focal, as published": "SAIL by the published loss alone, on focal layers by drift",
 }
+# Groups of families beside the trained ones.
+NEVER_TRAINED = ("never trained, followed", "never trained, not followed")
 # Columns of a table of layers that are printed.
 LAYERS = ["layer", "score", "control", "excess", "low", "high", "q", "n_focal_heads", "focal"]
 
@@ -119,7 +123,7 @@ def align_arms(
         if lost:
             print(f"interp: {', '.join(lost)}: no pairs of both rules, so that none is trained", file=sys.stderr)
             taught = [name for name in taught if name not in lost]
-        write_atomically(record, lambda file: file.write(json.dumps(taught).encode()))
+        keep_families(record, {"trained": taught, "followed": list(followed)})
         pairs = held_out(taught, sizes["n_measure"], sizes["n_others"])
         conflict_arms.measure(model, place, "untrained", pairs, prose, None, job.template)
         for name in train:
@@ -132,7 +136,9 @@ def align_arms(
         items.append(titled(counts(preferences), "Preference pairs"))
     if not record.exists():
         return False
-    taught = json.loads(record.read_text())  # a shorter run may find fewer families followed than the one that trained
+    # A shorter run may find fewer families followed than the one that trained.
+    families = json.loads(record.read_text())
+    taught = families["trained"]
     base = conflict_arms.measured(place, "untrained")
     about = {name: conflict_arms.trained(place, name, model.fingerprint) for name in conflict_arms.ARMS}
     known = {name: conflict_arms.measured(place, name) for name, facts in about.items() if facts is not None}
@@ -142,7 +148,7 @@ def align_arms(
     found = {name: known[name] for name in names}
     if base is None or not found:
         return False
-    groups = family_groups(base[0], taught)
+    groups = family_groups(base[0], taught, families["followed"])
     table = conflict_arms.table(found, base, groups, {name: facts for name, facts in about.items() if facts})
     items.append(titled(table, "Arms on held-out tasks, beside the untrained model"))
     claims += arm_claims(table, found, groups)
@@ -152,7 +158,7 @@ def align_arms(
         by_rule = conflict_arms.by_rule(found[name][0], base[0])
         items.append(titled(by_rule, f"{LOCALISED[name]}: each rule under conflict, before and after"))
         adapter = place / conflict_arms.folder_name(name) / "adapter"
-        claims += after_claims(model, adapter, base[0], found[name][0], table, name)
+        claims += after_claims(model, adapter, (base[0], found[name][0]), taught, table, name)
         with adapted(model, adapter):
             after = localize(
                 model,
@@ -175,12 +181,28 @@ def held_out(taught: Sequence[str], n_taught: int, n_others: int) -> list[Pair]:
     return [*make_pairs("held-out", n_taught, families=taught), *rest]
 
 
-def family_groups(answers: Result, taught: Sequence[str]) -> dict[str, list[str]]:
-    """Families that were trained, because the model follows them at all, and those that were not."""
+def keep_families(path: Path, families: Mapping[str, list[str]]) -> None:
+    """Write which families are trained, or find that the arms that are there were trained on the same.
+
+    Raises:
+        ResultError: they were trained on others.
+    """
+    if path.exists() and (there := json.loads(path.read_text())) != families:
+        raise ResultError(
+            f"{path.parent} holds arms that were trained on {', '.join(there['trained'])}, where "
+            f"{', '.join(there['followed'])} were followed; now {', '.join(families['followed'])} are. Remove that folder, "
+            f"or choose another --out"
+        )
+    write_atomically(path, lambda file: file.write(json.dumps(families).encode()))
+
+
+def family_groups(answers: Result, taught: Sequence[str], followed: Sequence[str]) -> dict[str, list[str]]:
+    """Families that were trained; those that were followed and not trained; and those that the model cannot follow at all."""
     there = [name for name in BUILT_IN if name in set(answers.frame["family"].astype(str))]
     groups = {
         "trained": [name for name in there if name in taught],
-        "never trained": [name for name in there if name not in taught],
+        NEVER_TRAINED[0]: [name for name in there if name not in taught and name in followed],
+        NEVER_TRAINED[1]: [name for name in there if name not in taught and name not in followed],
     }
     return {name: some for name, some in groups.items() if some}
 
@@ -198,8 +220,7 @@ def arm_claims(
         published = name == "focal, as published"
         made += [conflict_claims.obeys_more(row, where, published)]
         made += [conflict_claims.reaches(row, where), conflict_claims.keeps(row, where)]
-        if "never trained" in groups:
-            made.append(conflict_claims.generalises(rows.loc["never trained"], where))
+        made += [conflict_claims.generalises(rows.loc[name], where, name) for name in NEVER_TRAINED if name in groups]
     if "focal" not in found:
         return made
     ours = found["focal"][0]
@@ -244,16 +265,18 @@ def arm_claims(
 
 
 def after_claims(
-    model: Any, adapter: Path, before: Result, after: Result, table: pd.DataFrame, arm: str
+    model: Any, adapter: Path, answers: tuple[Result, Result], taught: Sequence[str], table: pd.DataFrame, arm: str
 ) -> list[Claim]:
-    """CRAS and the neurons before and after an arm."""
-    ids = set(before.frame["pair"])
+    """CRAS, of the families that were trained, and the neurons before and after an arm."""
+    ids = set(answers[0].frame["pair"])
     pairs = [pair for pair in make_pairs("held-out", 10**6, families=BUILT_IN) if pair.id in ids]
     graded = []
-    for name, answers in (("before", before), ("after", after)):
-        queries = queries_from_follow(answers, pairs, prompts=("conflict",))
-        result = cras(RuleJudge(), queries, out=adapter.parent / f"cras_{name}", progress=False)
-        graded.append(cras_by_answer(result)[0].set_index("query")["cras"])
+    for name, result in zip(("before", "after"), answers, strict=True):
+        queries = [
+            query for query in queries_from_follow(result, pairs, prompts=("conflict",)) if query.family in taught
+        ]
+        scored = cras(RuleJudge(), queries, out=adapter.parent / f"cras_{name}", progress=False)
+        graded.append(cras_by_answer(scored)[0].set_index("query")[list(DIMENSIONS)])
     tasks = pd.Series({f"{pair.id}/conflict": pair.task.id for pair in pairs}).reindex(graded[0].index)
     plain = neurons.decode(model)
     with adapted(model, adapter):
@@ -262,7 +285,7 @@ def after_claims(
     same_top = float(table.loc[table["arm"] == arm, "same_top"].iloc[0])
     return [
         conflict_claims.scores(
-            graded[0], graded[1].reindex(graded[0].index), tasks, "rule", LOCALISED[arm], arm == "focal, as published"
+            graded[0], graded[1].reindex(graded[0].index), tasks, LOCALISED[arm], arm == "focal, as published"
         ),
         conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top, LOCALISED[arm]),
     ]

@@ -56,10 +56,11 @@ from interp.conflict import (
     stability,
     thirds,
 )
+from interp.conflict.adapters import require_peft
 from interp.conflict.local_judge import LocalJudge
 from interp.conflict.pairs import HELD_OUT_FAMILIES
 from interp.conflict.verifiers import BUILT_IN
-from interp.errors import InputError
+from interp.errors import InputError, InterpError
 from interp.report import Section, titled, write_report
 from interp.report.claims import Claim, claims_frame, write_claims
 from interp.results import Result
@@ -361,8 +362,13 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("reports/instruction_conflict"),
 ) -> None:
     """Diagnose, localise, align, and write a report."""
-    loaded = load_model(model, device=device, dtype=dtype)
     arms = arm or (list(conflict_arms.ARMS) if train else [])
+    unknown = [name for name in arms if name not in conflict_arms.ARMS]
+    if unknown:
+        raise InputError(f"--arm {unknown[0]!r}; expected one of {', '.join(map(repr, conflict_arms.ARMS))}")
+    if arms:
+        require_peft()
+    loaded = load_model(model, device=device, dtype=dtype)
     section = run(loaded, out, train=arms, **(REPORT if short else {}))
     for item in section.items:
         if isinstance(item, pd.DataFrame):
@@ -372,4 +378,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except InterpError as error:
+        raise SystemExit(f"interp: {error}") from None

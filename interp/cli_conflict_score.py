@@ -92,8 +92,8 @@ def conflict_score(
         str,
         typer.Option(
             "--out-of-range",
-            help="A judge that answered no score, or none from 1 to 5: refuse to average it, or drop the answers concerned. "
-            "With the same --out nothing is asked again.",
+            help="Where a judge's score is unreadable or not from 1 to 5: refuse to average that judge, or drop the answers "
+            "concerned. With the same --out nothing is asked again.",
         ),
     ] = "refuse",
     pairs: PairsOption = 24,
@@ -149,9 +149,9 @@ def conflict_score(
         queries = queries_from_follow(answered, asked, prompts=here)
         results = []
         for name in names:
-            other = rubric if name in _OWN_RUBRIC and rubric not in (None, _OWN_RUBRIC[name]) else None
-            place = folder / "-".join(filter(None, ("scores", name, other)))
-            results.append(cras(made[name], queries, weights=weights, out=place))
+            own = rubric is None or rubric == _OWN_RUBRIC.get(name, rubric)
+            place = f"scores-{name}" if own else f"scores-{name}-{rubric}"
+            results.append(cras(made[name], queries, weights=weights, out=folder / place))
         table = summarise(results, columns, out_of_range)
         agreed = agreement(results, out_of_range)
         if as_json:

@@ -114,7 +114,7 @@ def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, hol
         conflict_claims.middle_patched(thirds).holds,
         conflict_claims.same_layers(agreement, "layers").holds,
         conflict_claims.obeys_more(row, "here").holds,
-        conflict_claims.generalises(row, "here").holds,
+        conflict_claims.generalises(row, "here", "never trained").holds,
         conflict_claims.beats("a above b", (0.1, low, high), 3).holds,
     ] == [holds] * 5
 
@@ -123,7 +123,7 @@ def test_what_is_decided_by_an_interval_around_zero(low: float, high: float, hol
     ("difference", "p_sets", "n_sets", "holds"),
     [
         ((0.1, 0.3), 0.02, 40, True),
-        ((0.1, 0.3), 0.2, 40, False),
+        ((0.1, 0.3), 0.2, 40, None),
         ((-0.1, 0.3), 0.02, 40, None),
         ((0.1, 0.3), 0.11, 8, None),
         ((-0.3, -0.1), 0.02, 40, False),
@@ -167,13 +167,22 @@ def test_compliance_without_conflict(low: float, high: float, holds: bool | None
     assert conflict_claims.keeps(arm_row(agree_low=low, agree_high=high), "here").holds is holds
 
 
-def test_neurons_and_scores() -> None:
-    assert conflict_claims.neurons_stay(0.99, 46080, 0.95, "here").holds is True
+def test_neurons_that_stay_by_construction_claim_nothing() -> None:
+    assert conflict_claims.neurons_stay(1.0, 46080, 0.95, "here").holds is None
     assert conflict_claims.neurons_stay(0.75, 46080, 0.95, "here").holds is False
-    tasks, low, high = pd.Series(list("abcdef")), pd.Series([2.0, 2.5, 2.0, 1.5, 2.0, 2.0]), pd.Series([3.0] * 6)
-    assert conflict_claims.scores(low, high, tasks, "rule", "here").holds is True
-    assert conflict_claims.scores(high, low, tasks, "rule", "here").holds is False
-    assert conflict_claims.scores(low, low, tasks, "rule", "here").holds is None
+
+
+def test_scores_of_the_dimensions_that_both_answers_have() -> None:
+    tasks = pd.Series(list("abcdef"))
+    low = pd.DataFrame({"constraint_compliance": [1.0, 2, 1, 1, 2, 1], "goal_alignment": [5.0] * 6})
+    high = pd.DataFrame({"constraint_compliance": [5.0] * 6, "goal_alignment": [np.nan] * 3 + [5.0] * 3})
+    claim = conflict_claims.scores(low, high, tasks, "here")
+    # Without a goal score after, the one before does not count either: (1 + 2 + 1 + 3 + 3.5 + 3) / 6 and 5.
+    assert claim.holds is True
+    assert "2.25 → 5.00 of 5, change +2.75" in str(claim.ours)
+    assert "goal alignment alone 5.00 → 5.00 (n = 3)" in str(claim.ours)
+    assert conflict_claims.scores(high, low, tasks, "here").holds is False
+    assert conflict_claims.scores(low, low, tasks, "here").holds is None
 
 
 # The arms' measures

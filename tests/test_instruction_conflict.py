@@ -13,8 +13,11 @@ from tiny_models import tiny_hf
 
 from analyses import conflict_arms, conflict_training, instruction_conflict
 from interp import load_model
+from interp.errors import InputError, ResultError
+from interp.provenance import Provenance
 from interp.report import write_report
 from interp.report.claims import read_claims
+from interp.results import Column, Result
 
 SMALL: dict[str, Any] = {
     **{"n_choose": 64, "n_floor": 32, "n_peer": 32, "n_judged": 4, "n_localise": 24, "n_patch": 26},
@@ -82,7 +85,7 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     assert set(followed.loc[followed["followed"], "rule"]) == {"list"}
     table = next(item for item in section.items if isinstance(item, pd.DataFrame) and "same_top" in item)
     assert set(table["arm"]) == {"untrained", *arms}
-    assert set(table["families"]) == {"trained", "never trained"}
+    assert set(table["families"]) == {"trained", "never trained, not followed"}
     untrained = table[table["arm"] == "untrained"]
     assert (untrained["perplexity"] == 1).all()
     assert (untrained["same_top"] == 1).all()
@@ -119,12 +122,34 @@ def test_a_report_without_training_shows_what_was_trained(
     after = instruction_conflict.run(model, tmp_path, **few)
     assert any("adapters on" in claim.claim for claim in after.claims)
     assert "Adapters were trained" in after.text
+    # Arms of other families are neither regrouped nor trained beside these.
+    with pytest.raises(ResultError, match="were trained on list, where list were followed; now list, case are"):
+        conflict_training.keep_families(
+            tmp_path / model.fingerprint / "arms" / "families.json", {"trained": ["list"], "followed": ["list", "case"]}
+        )
     # What another model's run left is not shown as this one's.
     other = load_model(
         tiny_hf("llama", seed=5, vocab_size=260, max_position_embeddings=4096, num_hidden_layers=6), chat_tokenizer()
     )
     assert conflict_arms.trained(tmp_path / model.fingerprint / "arms", "focal", model.fingerprint) is not None
     assert conflict_arms.trained(tmp_path / model.fingerprint / "arms", "focal", other.fingerprint) is None
+
+
+def test_families_by_what_was_trained_and_followed() -> None:
+    columns = (Column("family", "category", "", "of rules"),)
+    frame = pd.DataFrame({"family": ["list", "json", "case", "words"]})
+    answers = Result("conflict.follow", frame, columns, Provenance())
+    assert conflict_training.family_groups(answers, ["list"], ["list", "json"]) == {
+        "trained": ["list"],
+        "never trained, followed": ["json"],
+        "never trained, not followed": ["case", "words"],
+    }
+
+
+def test_an_unknown_arm_is_named_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--arm 'middle'; expected one of 'focal'"):
+        instruction_conflict.main("no such model", arm=["middle"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_chat_template_gets_one(model: Any, capsys: pytest.CaptureFixture) -> None:

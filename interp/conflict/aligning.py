@@ -260,7 +260,7 @@ def check_settings(
     anchor_weight: float = ANCHOR_WEIGHT,
     rank: int | Sequence[int] = 8,
     preset: str = "laptop",
-    **changes: float | None,
+    **changes: Any,
 ) -> AlignSettings:
     """What `align` refuses before it looks at any pair: for runs that make their pairs first.
 

@@ -15,7 +15,7 @@
     flow_graphs.py, flow_peers.py  the graphs of both, and the calls of the others
     attributions.py  agreement: leave-one-out, KernelSHAP, integrated gradients against captum; the default comparison's cost
     captum_peers.py  the calls of captum
-    conflict_runs.py  conflict: drift against plain passes, the patching sweep against a pass per layer, answers in batches
+    conflict_runs.py  conflict: drift against plain passes, the patching sweep against single passes, answers in batches
     imports.py     core: `import interp`, `interp --help`
 
 A subject is a module with `SUITE` and `run(quick) -> list[Row]`; a new one is named in `__main__.SUBJECTS`. Nothing here
