@@ -14,6 +14,7 @@ claim · paper · ours and writes a report.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from interp import load_model
 from interp.cli import show
 from interp.flow import attention_flow, attention_graph, edge_flows, path, plots
 from interp.report import Section, write_report
-from interp.report.claims import Claim, claims_frame, write_claims
+from interp.report.claims import Claim, claims_frame, verdict, write_claims
 from interp.reuse import reuse_or_make
 
 LENGTHS = (8, 16, 32, 64, 128)
@@ -152,7 +153,7 @@ def answers(claims: Sequence[Claim]) -> pd.DataFrame:
         holds = (
             claim.holds if not question.startswith("is there") else (None if claim.holds is None else not claim.holds)
         )
-        answer = {True: "yes", False: "no", None: "not testable"}[holds]
+        answer = verdict(dataclasses.replace(claim, holds=holds))
         interval = "–" if claim.interval is None else f"{claim.interval[0]:.3f} … {claim.interval[1]:.3f}"
         rows.append({"question": question, "answer": answer, "because": claim.ours, "interval": interval, "n": claim.n})
     return pd.DataFrame(rows)

@@ -121,7 +121,7 @@ def run(
         "transformers and would be refused; they run because the paper has them.\n\n"
         "Chance is the mean agreement of a ranking with one dealt at random; a method's agreement with itself under another "
         "seed says how noisy it is, and the ceiling of a pair is the geometric mean of both. Intervals are bootstraps over "
-        "reviews, 95 %. A claim that they leave open is shown as not testable, too."
+        "reviews, 95 %."
     )
     return Section("Agreement: attention rankings against attribution rankings", text, items, claims)
 

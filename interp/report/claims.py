@@ -1,7 +1,7 @@
 """Claims: what a paper says next to what we measured.
 
-One row per claim: *claim · paper · ours · interval · n · holds*. `holds` is None where we cannot test the claim, and
-that is shown as "not testable", never left out.
+One row per claim: *claim · paper · ours · interval · n · holds*. `holds` is None where our figure does not decide, shown as
+"open", and where we have none, shown as "not testable"; such claims are never left out.
 """
 
 import json
@@ -18,8 +18,6 @@ from interp.errors import InputError, ResultError
 if TYPE_CHECKING:
     import pandas as pd
 
-_HOLDS = {True: "yes", False: "no", None: "not testable"}
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -32,7 +30,7 @@ class Claim:
         ours: our figure; None if there is none.
         interval: of our figure, lower and upper end; None if there is none.
         n: how many cases our figure rests on.
-        holds: whether ours supports it; None: not testable here.
+        holds: whether ours supports it; None: ours leaves it open, or there is none.
 
     Raises:
         InputError: a field has the wrong type, or a number is not finite.
@@ -125,11 +123,23 @@ def claims_frame(claims: Iterable[Claim]) -> "pd.DataFrame":
             "ours": _shown(claim.ours),
             "interval": "–" if claim.interval is None else " … ".join(map(_shown, claim.interval)),
             "n": "–" if claim.n is None else f"{claim.n:,}",
-            "holds": _HOLDS[claim.holds],
+            "holds": verdict(claim),
         }
         for claim in claims
     ]
     return pd.DataFrame(rows, columns=["claim", "paper", "ours", "interval", "n", "holds"])
+
+
+def verdict(claim: Claim) -> str:
+    """Whether a claim holds, in words: yes, no, open, or not testable where there is no figure of ours.
+
+    Example:
+        >>> verdict(Claim("it rains", "ours", "often", 0.25, (0.1, 0.4), 12, None))
+        'open'
+    """
+    if claim.holds is not None:
+        return "yes" if claim.holds else "no"
+    return "open" if claim.ours is not None else "not testable"
 
 
 def _number(value: Any, name: str) -> float:

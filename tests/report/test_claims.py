@@ -1,5 +1,6 @@
 """Claims go to JSON with exactly their keys and come back; wrong ones are refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_frame_for_display() -> None:
     assert frame.iloc[0].tolist() == ["over 75 % agree", "0.754", "0.5", "0.4 … 0.6", "1,200", "no"]
     assert frame.iloc[1].tolist() == ["needs 8 B", "under 15 min", "–", "–", "–", "not testable"]
     assert list(claims_frame([])) == list(frame)
+    open_ = dataclasses.replace(CLAIM, holds=None)
+    assert claims_frame([open_, dataclasses.replace(CLAIM, holds=True)])["holds"].tolist() == ["open", "yes"]
 
 
 @pytest.mark.parametrize(
