@@ -316,7 +316,13 @@ def against(
 
 
 def perplexity_ratio(after: Result, before: Result, seed: int = 0) -> tuple[float, float, float]:
-    """Perplexity after by perplexity before: ratio, low, high, bootstrap over texts."""
+    """Perplexity after by perplexity before: ratio, low, high, bootstrap over texts.
+
+    Raises:
+        ValueError: they were measured on different texts.
+    """
+    if after.provenance.parameters.get("texts") != before.provenance.parameters.get("texts"):
+        raise ValueError("the two were measured on different texts")
     tokens = after.frame["n_tokens"].to_numpy(float)
     change_ = (after.frame["nll"] - before.frame["nll"]).to_numpy() * tokens
     n = len(tokens)

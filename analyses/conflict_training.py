@@ -144,7 +144,11 @@ def align_arms(
     known = {name: conflict_arms.measured(place, name) for name, facts in about.items() if facts is not None}
     names, differ = conflict_arms.comparable(place, [name for name, both in known.items() if both is not None])
     for name, what in differ.items():
-        print(f"interp: arm {name} was trained otherwise ({what}) and is left out; train it again", file=sys.stderr)
+        folder = place / conflict_arms.folder_name(name)
+        print(
+            f"interp: arm {name} was trained otherwise ({what}) and is left out; remove {folder} and train it again",
+            file=sys.stderr,
+        )
     found = {name: known[name] for name in names}
     if base is None or not found:
         return False

@@ -68,7 +68,7 @@ from interp.results import Result
 FLOOR = ("none", "system", "user", "agree", "conflict")
 # What `make report` runs; no training.
 REPORT: dict[str, Any] = {
-    "n_choose": 64,
+    "n_choose": 128,
     "n_floor": 96,
     "n_peer": 0,
     "n_judged": 0,

@@ -116,7 +116,8 @@ def agreement_with_drift(
 
     Returns:
         Two rows. what="rank correlation": Spearman's correlation of drift and change by patching, its interval over the tasks
-        that were patched (drift as given) and p under permuted layers, two-sided. what="shared top": how many of the `top` of
+        that were patched (drift as given) and p under permuted layers, two-sided; neighbouring layers are alike, so that this p
+        is too small where both change slowly with depth. what="shared top": how many of the `top` of
         both are the same; expected by chance, and p that chance shares as many or more (hypergeometric). Columns: what, value,
         expected, low, high, p, top, n (layers or heads).
 

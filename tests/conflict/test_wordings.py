@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_models import chat_tiny
+from scripted_answers import script
 
-from interp.conflict import make_pairs, register
+from interp.conflict import RuleJudge, cras, follow, make_pairs, make_preferences, queries_from_follow, register
 from interp.conflict import verifiers as verifiers_module
 from interp.conflict import wordings as wordings_module
 from interp.conflict.verifiers import BUILT_IN, Verdict, family, family_names
@@ -79,6 +81,25 @@ def test_a_family_of_ones_own(tmp_path: Path) -> None:
     assert family("rhyme").verify("rhymed", "the cat, the hat").passed is False
     register(Rhyme(), write(tmp_path / "again.jsonl", [{**row, "text": row["text"] + "!"} for row in ROWS]))
     assert all(text.endswith("!") for text in rule_texts("rhyme", "rhymed", "simple"))
+
+
+def test_a_family_of_ones_own_is_asked_graded_and_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted model says prose without a comma to everything, which the verifier takes for a rhyme."""
+    script(monkeypatch)
+    register(Rhyme(), write(tmp_path / "rhyme.jsonl", ROWS))
+    model, pairs = chat_tiny(), make_pairs("held-out", 4, families=["rhyme"])
+    answers = follow(model, pairs, ("agree", "conflict"), progress=False)
+    asked = answers.frame["system_rule"].astype(str) == "rhymed"
+    assert 0 < asked.sum() < len(asked)
+    assert (answers.frame["obeys_system"] == asked).all()
+    graded = cras(RuleJudge(), queries_from_follow(answers, pairs, prompts=("conflict",)), progress=False).frame
+    graded = graded[graded["dimension"] == "constraint_compliance"]
+    assert (graded["score"] == graded["system_rule"].astype(str).map({"rhymed": 5.0, "unrhymed": 1.0})).all()
+    # Neither rule has both answers: what it says always rhymes, and nothing is rewritten.
+    made = make_preferences(model, make_pairs("training", 4, families=["rhyme"]), progress=False).frame
+    assert set(made["family"].astype(str)) == {"rhyme"}
+    assert not made["used"].any()
+    assert (made["chosen"].astype(bool) == (made["system_rule"].astype(str) == "rhymed")).all()
 
 
 @pytest.mark.parametrize(
