@@ -274,6 +274,27 @@ def by_rule(after: Result, before: Result) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def foretold(table: pd.DataFrame, about: Mapping[str, Mapping[str, Any]], by_layer: pd.DataFrame) -> pd.DataFrame:
+    """What localisation says of the layers of every arm that differs in nothing else, beside what it gained.
+
+    Args:
+        table: of `table`, one group of families.
+        about: {arm: what `trained` says}.
+        by_layer: by layer, columns drift and patching.
+
+    Returns:
+        arm, layers, change (under conflict), drift, patching (mean over its layers), in the order of change.
+    """
+    rows = []
+    for row in table.to_dict("records"):
+        if ARMS.get(row["arm"], ("", ""))[1] != "reward" or row["arm"] in BARE:
+            continue
+        means = by_layer.loc[list(about[row["arm"]]["layers"])].mean()
+        rows.append({name: row[name] for name in ("arm", "layers", "change")} | means[["drift", "patching"]].to_dict())
+    found = pd.DataFrame(rows, columns=["arm", "layers", "change", "drift", "patching"])
+    return found.sort_values("change", ascending=False, ignore_index=True)
+
+
 def of_families(answers: Result, families: Sequence[str]) -> pd.DataFrame:
     """The rows of some families."""
     return answers.frame[answers.frame["family"].astype(str).isin(list(families))]

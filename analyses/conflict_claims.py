@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from interp.conflict.answers import share_interval
@@ -204,6 +205,38 @@ def beats(name: str, difference: tuple[float, float, float], n: int, source: str
     """One arm above another."""
     mean, low, high = difference
     return Claim(name, source, None, f"{mean:+.2f} (interval)", _interval(low, high), n, _side(low, high))
+
+
+def foretells(table: pd.DataFrame, how: str) -> Claim:
+    """Localisation says which layers are worth training: arms gain in its order.
+
+    Args:
+        table: of `conflict_arms.foretold`.
+        how: one of its columns, drift or patching.
+    """
+    from scipy.stats import permutation_test, spearmanr
+
+    claim = f"the more {how} an arm's layers have on average, the more it gains under conflict"
+    ours, gained = table[how].to_numpy(), table["change"].to_numpy()
+    if np.ptp(ours) == 0 or np.ptp(gained) == 0:
+        return Claim(claim, "ours", None, f"no order: all {len(table)} arms are alike", None, len(table), None)
+
+    def correlation(values: np.ndarray) -> float:
+        return float(spearmanr(values, gained).statistic)
+
+    test = permutation_test(
+        (ours,), correlation, permutation_type="pairings", n_resamples=9999, rng=np.random.default_rng(0)
+    )
+    side = bool(test.statistic > 0) if test.pvalue <= 0.05 else None
+    return Claim(
+        claim,
+        "ours",
+        None,
+        f"Spearman {test.statistic:.2f} over {len(table)} arms (permuted arms p = {test.pvalue:.2g}, which decides)",
+        None,
+        len(table),
+        side,
+    )
 
 
 def neurons_stay(share: float, n: int, same_top: float, where: str) -> Claim:

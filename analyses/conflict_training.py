@@ -77,11 +77,13 @@ class Located:
         layers: focal ones, by drift.
         patched: as many whose patched attention output brings back the most.
         heads: focal ones, (layer, head), by drift.
+        by_layer: of every layer its drift beyond the paraphrase, and the change by patching its attention output.
     """
 
     layers: list[int]
     patched: list[int]
     heads: list[tuple[int, int]]
+    by_layer: pd.DataFrame
 
 
 def align_arms(
@@ -140,8 +142,9 @@ def align_arms(
     families = json.loads(record.read_text())
     taught = families["trained"]
     base = conflict_arms.measured(place, "untrained")
-    about = {name: conflict_arms.trained(place, name, model.fingerprint) for name in conflict_arms.ARMS}
-    known = {name: conflict_arms.measured(place, name) for name, facts in about.items() if facts is not None}
+    every = {name: conflict_arms.trained(place, name, model.fingerprint) for name in conflict_arms.ARMS}
+    about = {name: facts for name, facts in every.items() if facts is not None}
+    known = {name: conflict_arms.measured(place, name) for name in about}
     names, differ = conflict_arms.comparable(place, [name for name, both in known.items() if both is not None])
     for name, what in differ.items():
         folder = place / conflict_arms.folder_name(name)
@@ -153,9 +156,13 @@ def align_arms(
     if base is None or not found:
         return False
     groups = family_groups(base[0], taught, families["followed"])
-    table = conflict_arms.table(found, base, groups, {name: facts for name, facts in about.items() if facts})
+    table = conflict_arms.table(found, base, groups, about)
     items.append(titled(table, "Arms on held-out tasks, beside the untrained model"))
     claims += arm_claims(table, found, groups)
+    if "trained" in groups:
+        told = conflict_arms.foretold(table[table["families"] == "trained"], about, located.by_layer)
+        items.append(titled(told, "What localisation says of the arms' layers, and what they gained"))
+        claims += [conflict_claims.foretells(told, how) for how in ("drift", "patching") if len(told) > 3]
     for name in LOCALISED:
         if name not in found:
             continue

@@ -323,8 +323,10 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
         summary = ablation_summary(ablated)
         claims.append(conflict_claims.heads_matter(summary, how))
         items += [plots.ablate_heads(ablated), titled(summary, f"Heads chosen by {how} ablated, and random sets")]
-    layers = focal_layers(drift)
-    return Located(layers, restoring_layers(patched, len(layers)), focal)
+    chosen_layers = focal_layers(drift)
+    changes = recovery(patched).query("site == 'attn_out'").set_index("layer")["change"]
+    by_layer = pd.DataFrame({"drift": layers.set_index("layer")["excess"], "patching": changes})
+    return Located(chosen_layers, restoring_layers(patched, len(chosen_layers)), focal, by_layer)
 
 
 def shared_focal(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

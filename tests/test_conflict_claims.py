@@ -167,6 +167,27 @@ def test_compliance_without_conflict(low: float, high: float, holds: bool | None
     assert conflict_claims.keeps(arm_row(agree_low=low, agree_high=high), "here").holds is holds
 
 
+@pytest.mark.parametrize(
+    ("drift", "holds"), [(range(7), True), (range(7, 0, -1), False), ((1, 5, 2, 6, 3, 0, 4), None)]
+)
+def test_localisation_that_foretells_gains(drift: Any, holds: bool | None) -> None:
+    table = pd.DataFrame({"drift": [float(value) for value in drift], "change": np.linspace(-0.1, 0.5, 7)})
+    claim = conflict_claims.foretells(table, "drift")
+    assert claim.holds is holds
+    assert claim.n == 7
+
+
+def test_arms_beside_what_localisation_says_of_their_layers() -> None:
+    arms = ("untrained", "focal", "last", "focal, no credit", "focal, as published")
+    table = pd.DataFrame({"arm": arms, "layers": "x", "change": [0.0, 0.2, 0.4, 0.9, 0.9]})
+    about = {name: {"layers": [0, 2] if name != "last" else [1]} for name in arms[1:]}
+    by_layer = pd.DataFrame({"drift": [1.0, 2.0, 5.0], "patching": [0.0, -1.0, 0.5]})
+    told = conflict_arms.foretold(table, about, by_layer).set_index("arm")
+    assert list(told.index) == ["last", "focal"]  # those that differ in their layers alone
+    assert told.loc["focal", ["change", "drift", "patching"]].tolist() == [0.2, 3.0, 0.25]
+    assert told.loc["last", ["change", "drift", "patching"]].tolist() == [0.4, 2.0, -1.0]
+
+
 def test_neurons_that_stay_by_construction_claim_nothing() -> None:
     assert conflict_claims.neurons_stay(1.0, 46080, 0.95, "here").holds is None
     assert conflict_claims.neurons_stay(0.75, 46080, 0.95, "here").holds is False
