@@ -168,7 +168,7 @@ def test_compliance_without_conflict(low: float, high: float, holds: bool | None
 
 
 @pytest.mark.parametrize(
-    ("drift", "holds"), [(range(7), True), (range(7, 0, -1), False), ((1, 5, 2, 6, 3, 0, 4), None)]
+    ("drift", "holds"), [(range(7), True), (range(7, 0, -1), False), ((1, 5, 2, 6, 3, 0, 4), None), ([2] * 7, None)]
 )
 def test_localisation_that_foretells_gains(drift: Any, holds: bool | None) -> None:
     table = pd.DataFrame({"drift": [float(value) for value in drift], "change": np.linspace(-0.1, 0.5, 7)})
