@@ -88,9 +88,10 @@ def agreement_claims(pairs: pd.DataFrame, who: str) -> list[Claim]:
                 f"siblings of one implementation agree ({first}, {second}: τ > {WEAK}): {who}",
                 NEELY,
                 f"{_figure(low)} … {_figure(high)}",
-                _mean_sd(values) + (", the same by construction: one baseline" if first == "deeplift" else ""),
+                _mean_sd(values)
+                + (f", the same by construction: one baseline; n = {_n(values)}" if first == "deeplift" else ""),
                 _interval(values),
-                _n(values),
+                None if first == "deeplift" else _n(values),
                 None if first == "deeplift" else _above(values, WEAK),  # with one baseline both are the same
             )
         )

@@ -170,6 +170,12 @@ def comparable(out: Path, names: Sequence[str]) -> tuple[list[str], dict[str, st
     return found, others
 
 
+def of_other_prose(found: Mapping[str, tuple[Result, Result]], base: tuple[Result, Result]) -> list[str]:
+    """Arms whose losses are of other texts than the untrained model's."""
+    texts = [result.provenance.parameters.get("texts") for _, result in (base, *found.values())]
+    return [name for name, own in zip(found, texts[1:], strict=True) if own != texts[0]]
+
+
 def digest(texts: Sequence[str]) -> str:
     """16 hex digits that change with any text."""
     return hashlib.sha256(repr(list(texts)).encode()).hexdigest()[:16]
@@ -275,7 +281,9 @@ def by_rule(after: Result, before: Result) -> pd.DataFrame:
 
 
 def foretold(table: pd.DataFrame, about: Mapping[str, Mapping[str, Any]], by_layer: pd.DataFrame) -> pd.DataFrame:
-    """What localisation says of the layers of every arm that differs in nothing else, beside what it gained.
+    """What localisation says of the layers of every arm, beside what it gained; of arms that differ in their layers alone.
+
+    All layers have smaller ranks; of arms on the same layers the first is taken.
 
     Args:
         table: of `table`, one group of families.
@@ -291,7 +299,7 @@ def foretold(table: pd.DataFrame, about: Mapping[str, Mapping[str, Any]], by_lay
             continue
         means = by_layer.loc[list(about[row["arm"]]["layers"])].mean()
         rows.append({name: row[name] for name in ("arm", "layers", "change")} | means[["drift", "patching"]].to_dict())
-    found = pd.DataFrame(rows, columns=["arm", "layers", "change", "drift", "patching"])
+    found = pd.DataFrame(rows, columns=["arm", "layers", "change", "drift", "patching"]).drop_duplicates("layers")
     return found.sort_values("change", ascending=False, ignore_index=True)
 
 

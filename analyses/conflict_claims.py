@@ -245,9 +245,9 @@ def neurons_stay(share: float, n: int, same_top: float, where: str) -> Claim:
         f"{where}: neurons keep their top token (a check: adapters on attention cannot change what MLP neurons decode to)",
         "Davies 2025, arXiv 2501.02688: base against instruct",
         f"over {STABLE:.0%}",
-        f"{share:.1%} of neurons; next-token predictions on prose keep theirs at {same_top:.1%} of positions",
+        f"{share:.1%} of {n:,} neurons; next-token predictions on prose keep theirs at {same_top:.1%} of positions",
         None,
-        n,
+        None,
         False if share <= STABLE else None,
     )
 

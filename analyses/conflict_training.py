@@ -125,7 +125,7 @@ def align_arms(
         if lost:
             print(f"interp: {', '.join(lost)}: no pairs of both rules, so that none is trained", file=sys.stderr)
             taught = [name for name in taught if name not in lost]
-        keep_families(record, {"trained": taught, "followed": list(followed)})
+        keep_families(record, taught, followed)
         pairs = held_out(taught, sizes["n_measure"], sizes["n_others"])
         conflict_arms.measure(model, place, "untrained", pairs, prose, None, job.template)
         for name in train:
@@ -152,9 +152,12 @@ def align_arms(
             f"interp: arm {name} was trained otherwise ({what}) and is left out; remove {folder} and train it again",
             file=sys.stderr,
         )
-    found = {name: known[name] for name in names}
+    found = {name: both for name in names if (both := known[name]) is not None}
     if base is None or not found:
         return False
+    for name in conflict_arms.of_other_prose(found, base):
+        print(f"interp: arm {name} was measured on other prose and is left out; name it with --arm", file=sys.stderr)
+        del found[name]
     groups = family_groups(base[0], taught, families["followed"])
     table = conflict_arms.table(found, base, groups, about)
     items.append(titled(table, "Arms on held-out tasks, beside the untrained model"))
@@ -162,7 +165,7 @@ def align_arms(
     if "trained" in groups:
         told = conflict_arms.foretold(table[table["families"] == "trained"], about, located.by_layer)
         items.append(titled(told, "What localisation says of the arms' layers, and what they gained"))
-        claims += [conflict_claims.foretells(told, how) for how in ("drift", "patching") if len(told) > 3]
+        claims += [conflict_claims.foretells(told, how) for how in ("drift", "patching") if len(told) > 4]
     for name in LOCALISED:
         if name not in found:
             continue
@@ -192,19 +195,20 @@ def held_out(taught: Sequence[str], n_taught: int, n_others: int) -> list[Pair]:
     return [*make_pairs("held-out", n_taught, families=taught), *rest]
 
 
-def keep_families(path: Path, families: Mapping[str, list[str]]) -> None:
+def keep_families(path: Path, trained: Sequence[str], followed: Sequence[str]) -> None:
     """Write which families are trained, or find that the arms that are there were trained on the same.
 
     Raises:
         ResultError: they were trained on others.
     """
-    if path.exists() and (there := json.loads(path.read_text())) != families:
+    if not path.exists():
+        families = {"trained": list(trained), "followed": list(followed)}
+        write_atomically(path, lambda file: file.write(json.dumps(families).encode()))
+    elif (there := json.loads(path.read_text())["trained"]) != list(trained):
         raise ResultError(
-            f"{path.parent} holds arms that were trained on {', '.join(there['trained'])}, where "
-            f"{', '.join(there['followed'])} were followed; now {', '.join(families['followed'])} are. Remove that folder, "
-            f"or choose another --out"
+            f"{path.parent} holds arms that were trained on {', '.join(there)}; now {', '.join(trained)} would be. "
+            f"Choose another --out, or remove that folder"
         )
-    write_atomically(path, lambda file: file.write(json.dumps(families).encode()))
 
 
 def family_groups(answers: Result, taught: Sequence[str], followed: Sequence[str]) -> dict[str, list[str]]:

@@ -69,11 +69,14 @@ def conflict_align(
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Of LoRA.")] = 8,
     preset: Annotated[
-        str, typer.Option("--preset", help="laptop (two cores) or gpu; the next three change one entry of it.")
+        str, typer.Option("--preset", help="laptop (two cores) or gpu; the next four change one entry of it.")
     ] = "laptop",
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the pairs.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Pairs per forward pass; fewer where memory is short.")
+    ] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option("--gradient-accumulation", help="Forward passes per step.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="The highest.")] = None,
     run: Annotated[
@@ -132,7 +135,7 @@ def conflict_align(
     if drift is not None and (select == "patch" or layer) and credit != "attention":
         other = "--layer" if layer else "--select patch"
         raise InputError(f"--drift is not used with {other}; leave one of the two out")
-    if run in _OWN or Path(run).name != run or run.startswith("."):
+    if not run or run in _OWN or Path(run).name != run or run.startswith("."):
         raise InputError(f"--run {run!r}; expected a folder's name other than {', '.join(_OWN)}")
     settings: dict[str, Any] = {
         "credit": credit,
@@ -144,6 +147,7 @@ def conflict_align(
         "preset": preset,
         "epochs": epochs,
         "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
         "learning_rate": learning_rate,
     }
     read, texts = read_template(template), read_anchors(anchors)
@@ -159,7 +163,8 @@ def conflict_align(
         measured = load_result(drift)
         if measured.provenance.fingerprint != loaded.fingerprint:
             raise InputError(
-                f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or name layers with --layer"
+                f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or leave --drift out and "
+                f"name layers with --layer"
             )
     elif credit == "attention" or not (layer or select == "patch"):
         where = make(_N_LOCALISE, "localisation", family, wording, setting, tasks, seed)
@@ -172,6 +177,8 @@ def conflict_align(
     else:
         layers = focal_layers(measured)  # type: ignore[arg-type]
     print(f"layers: {', '.join(map(str, layers))}", file=sys.stderr)
+    prompts = ("agree", "conflict")
+    before = follow(loaded, held_out, prompts, template=read, out=out / "before") if held_out else None
     preferences = make_preferences(loaded, training, template=read, out=out / "preferences")
     checks = make_preferences(loaded, checking, template=read, out=out / "validation") if checking else None
     history = align(
@@ -188,11 +195,9 @@ def conflict_align(
     )
     adapter = out / run / "adapter"
     print(f"wrote {adapter}", file=sys.stderr)
-    if not held_out:
+    if before is None:
         show(history.frame.tail(5), as_json)
         return
-    prompts = ("agree", "conflict")
-    before = follow(loaded, held_out, prompts, template=read, out=out / "before")
     with adapted(loaded, adapter):
         after = follow(loaded, held_out, prompts, template=read, out=out / run / "after")
     parts = [

@@ -213,6 +213,8 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
         (["align", "--out", "x", "--layer", "1", "--drift", "d.parquet"], "--drift is not used with --layer"),
         (["align", "--out", "x", "--run", "drift"], "--run 'drift'; expected a folder's name"),
         (["align", "--out", "x", "--run", "../y"], "--run '../y'; expected a folder's name"),
+        (["align", "--out", "x", "--run", ""], "--run ''; expected a folder's name"),
+        (["align", "--out", "x", "--gradient-accumulation", "0"], "gradient_accumulation=0"),
         (["align", "--out", "x", "--credit", "boss"], "boss"),
         (["align", "--out", "x", "--layer", "99"], "99"),
         (["align", "--out", "x", "--rank", "0"], "rank=0"),

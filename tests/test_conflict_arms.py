@@ -151,6 +151,18 @@ def prose(losses: dict[int, float]) -> Result:
     return Result("conflict.prose", pd.DataFrame(rows), conflict_arms.PROSE_COLUMNS, Provenance())
 
 
+def test_losses_of_other_texts_are_not_compared() -> None:
+    first, second = (
+        Result(one.kind, one.frame, one.columns, Provenance(parameters={"texts": texts}))
+        for one, texts in ((prose({10: 2.0}), "a"), (prose({10: 2.4}), "b"))
+    )
+    with pytest.raises(ValueError, match="different texts"):
+        conflict_arms.perplexity_ratio(first, second)
+    asked = answers("SU")
+    found = {"focal": (asked, second), "last": (asked, first)}
+    assert conflict_arms.of_other_prose(found, (asked, first)) == ["focal"]
+
+
 def test_the_perplexity_ratio_weighs_texts_by_their_tokens() -> None:
     before, after = prose({10: 2.0, 30: 3.0}), prose({10: 2.4, 30: 2.9})
     ratio, low, high = conflict_arms.perplexity_ratio(after, before)

@@ -179,7 +179,7 @@ def test_localisation_that_foretells_gains(drift: Any, holds: bool | None) -> No
 
 def test_arms_beside_what_localisation_says_of_their_layers() -> None:
     arms = ("untrained", "focal", "last", "focal, no credit", "focal, as published")
-    table = pd.DataFrame({"arm": arms, "layers": "x", "change": [0.0, 0.2, 0.4, 0.9, 0.9]})
+    table = pd.DataFrame({"arm": arms, "layers": list("abcde"), "change": [0.0, 0.2, 0.4, 0.9, 0.9]})
     about = {name: {"layers": [0, 2] if name != "last" else [1]} for name in arms[1:]}
     by_layer = pd.DataFrame({"drift": [1.0, 2.0, 5.0], "patching": [0.0, -1.0, 0.5]})
     told = conflict_arms.foretold(table, about, by_layer).set_index("arm")

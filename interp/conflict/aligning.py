@@ -150,10 +150,10 @@ def align(
         "gradient_accumulation": gradient_accumulation,
         "patience": patience,
     }
-    chosen = tuple(sorted({model.arch.check_layer(layer) for layer in layers}))
+    layers = list(layers)
     settings = check_settings(
         model,
-        chosen,
+        layers,
         credit=credit,
         alpha=alpha,
         beta=beta,
@@ -163,11 +163,9 @@ def align(
         preset=preset,
         **changes,
     )
-    targets = {
-        name: own
-        for layer, own in zip(chosen, layer_ranks(chosen, rank), strict=True)
-        for name in attention_projections(model, [layer])
-    }
+    ranks = layer_ranks(model, layers, rank)
+    chosen = list(ranks)
+    targets = {name: own for layer, own in ranks.items() for name in attention_projections(model, [layer])}
     train_pairs = _examples(model, preferences, "preferences")
     held_pairs = [] if validation is None else _examples(model, validation, "validation")
     shared = {item.prompt for item in train_pairs} & {item.prompt for item in held_pairs}
@@ -288,9 +286,9 @@ def check_settings(
     for name, weight in (("likelihood", likelihood), ("anchor_weight", anchor_weight)):
         if not 0 <= weight < float("inf"):
             raise InputError(f"{name}={weight}; expected a number of at least 0")
-    layers = [0] if layers is None else [model.arch.check_layer(layer) for layer in layers]
-    layer_ranks(layers, rank)
-    attention_projections(model, layers)
+    if layers is None:  # as many as there are ranks
+        layers = range(1 if isinstance(rank, int) else len(rank))
+    attention_projections(model, layer_ranks(model, layers, rank))
     return settings
 
 

@@ -152,27 +152,32 @@ def attention_projections(model: Model, layers: Iterable[int]) -> dict[str, Any]
 
 
 def lora_parameters(model: Model, layers: Iterable[int], rank: int | Sequence[int]) -> int:
-    """How many parameters LoRA of this rank, or of these ranks of the layers in order, has on these layers' attention."""
-    layers = list(layers)
+    """How many parameters LoRA has on these layers' attention; `rank` as `layer_ranks` reads it."""
     total = 0
-    for layer, own in zip(layers, layer_ranks(layers, rank), strict=True):
+    for layer, own in layer_ranks(model, layers, rank).items():
         shapes = (_matrix(module) for module in attention_projections(model, [layer]).values())
         total += sum(own * sum(shape) for shape in shapes if shape is not None)
     return total
 
 
-def layer_ranks(layers: Sequence[int], rank: int | Sequence[int]) -> list[int]:
-    """The rank of each layer.
+def layer_ranks(model: Model, layers: Iterable[int], rank: int | Sequence[int]) -> dict[int, int]:
+    """{layer: rank}, ascending, each layer once.
+
+    Args:
+        model: a causal LM.
+        layers: negative ones count from the end.
+        rank: one for all, or one for each layer in ascending order.
 
     Raises:
-        InputError: no layer, a rank below 1, or another number of ranks than of layers.
+        InputError: no layer, one out of range, a rank below 1, or another number of ranks than of layers.
     """
-    ranks = [rank] * len(layers) if isinstance(rank, int) else list(rank)
-    if not layers or len(ranks) != len(layers) or min(ranks) < 1:
+    chosen = sorted({model.arch.check_layer(layer) for layer in layers})
+    ranks = [rank] * len(chosen) if isinstance(rank, int) else list(rank)
+    if not chosen or len(ranks) != len(chosen) or min(ranks) < 1:
         raise InputError(
-            f"layers={list(layers)}, rank={rank}; expected at least one layer, and one rank of at least 1 or one for each layer"
+            f"layers={chosen}, rank={rank}; expected at least one layer, and one rank of at least 1 or one for each layer"
         )
-    return ranks
+    return dict(zip(chosen, ranks, strict=True))
 
 
 def _matrix(module: nn.Module) -> tuple[int, int] | None:

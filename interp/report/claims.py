@@ -1,7 +1,7 @@
 """Claims: what a paper says next to what we measured.
 
 One row per claim: *claim · paper · ours · interval · n · holds*. `holds` is None where our figure does not decide, shown as
-"open", and where we have none, shown as "not testable"; such claims are never left out.
+"open", and where it rests on no case, shown as "not testable"; such claims are never left out.
 """
 
 import json
@@ -30,7 +30,7 @@ class Claim:
         ours: our figure; None if there is none.
         interval: of our figure, lower and upper end; None if there is none.
         n: how many cases our figure rests on.
-        holds: whether ours supports it; None: ours leaves it open, or there is none.
+        holds: whether ours supports it; None: ours leaves it open, or, where n is missing or 0, cannot say.
 
     Raises:
         InputError: a field has the wrong type, or a number is not finite.
@@ -131,7 +131,7 @@ def claims_frame(claims: Iterable[Claim]) -> "pd.DataFrame":
 
 
 def verdict(claim: Claim) -> str:
-    """Whether a claim holds, in words: yes, no, open, or not testable where there is no figure of ours.
+    """Whether a claim holds, in words: yes, no, open, or not testable where no case could decide it.
 
     Example:
         >>> verdict(Claim("it rains", "ours", "often", 0.25, (0.1, 0.4), 12, None))
@@ -139,7 +139,7 @@ def verdict(claim: Claim) -> str:
     """
     if claim.holds is not None:
         return "yes" if claim.holds else "no"
-    return "open" if claim.ours is not None else "not testable"
+    return "open" if claim.ours is not None and claim.n else "not testable"
 
 
 def _number(value: Any, name: str) -> float:

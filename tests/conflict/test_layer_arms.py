@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_encoder, tiny_tokenizer
 
-from interp.conflict.layer_arms import _draws, _even_ranks, arms, attention_projections, lora_parameters
+from interp.conflict.aligning import check_settings
+from interp.conflict.layer_arms import _draws, _even_ranks, arms, attention_projections, layer_ranks, lora_parameters
 from interp.errors import InputError
 from interp.model import load_model
 
@@ -65,6 +66,20 @@ def test_all_layers_have_as_many_where_ranks_do_not_divide() -> None:
     tiny = arms(model, [1], rank=2, n_random=0)["all"]  # no rank below: the count says so
     assert tiny.rank == 1
     assert tiny.n_parameters == 4 * arms(model, [1], rank=2)["focal"].n_parameters
+
+
+def test_a_layer_counts_once_and_ranks_go_by_ascending_layers() -> None:
+    model = chat_tiny(num_hidden_layers=4)
+    assert layer_ranks(model, [-1, 0, 3], (8, 4)) == {0: 8, 3: 4}
+    assert lora_parameters(model, [2, 2, -2], 3) == lora_parameters(model, [2], 3)
+    assert lora_parameters(model, [-1, 0], (8, 4)) == lora_parameters(model, [0, 3], (8, 4))
+    for layers, ranks in (([0, 0], (1, 3)), ([], 8), ([1], 0), ([0, 1], (1,))):
+        with pytest.raises(InputError, match="one for each layer"):
+            layer_ranks(model, layers, ranks)
+    check_settings(model, [0, 0], rank=(3,))
+    check_settings(model, rank=(3, 1))
+    with pytest.raises(InputError, match="rank="):
+        check_settings(model, rank=(3, 0))
 
 
 @settings(max_examples=50, deadline=None)

@@ -36,6 +36,8 @@ def test_frame_for_display() -> None:
     assert list(claims_frame([])) == list(frame)
     open_ = dataclasses.replace(CLAIM, holds=None)
     assert claims_frame([open_, dataclasses.replace(CLAIM, holds=True)])["holds"].tolist() == ["open", "yes"]
+    unmeasured = [dataclasses.replace(open_, ours="not measured", interval=None, n=n) for n in (None, 0)]
+    assert claims_frame(unmeasured)["holds"].tolist() == ["not testable"] * 2
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def items(result: Result) -> list[object]:
     )
     claims = [
         Claim(HOSTILE[0], HOSTILE[2], HOSTILE[3], 0.5, (0.4, 0.6), 12, True),
-        Claim("second", "ours", "x", None, None, None, None),
+        Claim("second", "ours", None, "x", None, None, None),
     ]
     frame = pd.DataFrame({HOSTILE[3]: pd.Series(HOSTILE, dtype=object), "plain": range(len(HOSTILE))})
     section = Section(HOSTILE[1], f"First {HOSTILE[0]}\nline.\n\nSecond.", [frame, result], claims, HOSTILE[4])
