@@ -6,8 +6,9 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 _AS_OPTION = {
     "out_of_range='drop'": "--out-of-range drop",
     "key_env=None": "--key-env none",
+    "name that as key_env": "name that with --key-env",
+    "base_url=": "--base-url ",
+    "base_url holds": "--base-url holds",
     "rubric='template'": "--rubric template",
 }
 # The rubric of a judge that is not told which; scores by another one are kept beside these.
@@ -58,7 +62,14 @@ def conflict_score(
         str | None,
         typer.Option(
             "--judge-model",
-            help="The judging model: for local a name, folder or .gguf file, by default --model; for api a name.",
+            help="The judge's model: for api its name on the server; without api the same as --local-model.",
+        ),
+    ] = None,
+    local_model: Annotated[
+        str | None,
+        typer.Option(
+            "--local-model",
+            help="The local judge's model: a name, folder or .gguf file. Default: --model, which answers.",
         ),
     ] = None,
     base_url: Annotated[
@@ -78,7 +89,10 @@ def conflict_score(
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option("--weight", help="DIMENSION=λ, such as constraint_compliance=0.4; they sum to 1."),
+        typer.Option(
+            "--weight",
+            help="DIMENSION=λ, such as constraint_compliance=0.4; they sum to 1. With the same --out nothing is asked again.",
+        ),
     ] = None,
     by: Annotated[
         list[str] | None,
@@ -92,8 +106,8 @@ def conflict_score(
         str,
         typer.Option(
             "--out-of-range",
-            help="Where a judge's score is unreadable or not from 1 to 5: refuse to average that judge, or drop the answers "
-            "concerned. With the same --out nothing is asked again.",
+            help="Where a judge's score is unreadable or not from 1 to 5: refuse to average that judge (the other judges are "
+            "printed, then the command fails), or drop the answers concerned. With the same --out nothing is asked again.",
         ),
     ] = "refuse",
     pairs: PairsOption = 24,
@@ -122,6 +136,7 @@ def conflict_score(
         raise InputError(f"--judge {', '.join(names)}; expected rule, local or api, each at most once")
     if "api" in names:
         check_api(base_url, judge_model)
+    source = local_source(names, judge_model, local_model)
     check_rubric(rubric, names)
     if out_of_range not in ("refuse", "drop"):
         raise InputError(f"--out-of-range {out_of_range!r}; expected refuse or drop")
@@ -139,9 +154,9 @@ def conflict_score(
             asked = pairs_of(answered, None if tasks is None else tasks)
         else:
             asked = make(pairs, part, family, wording, setting, tasks, seed)
-        loaded = load(model, device, dtype) if answers is None or ("local" in names and judge_model is None) else None
+        loaded = load(model, device, dtype) if answers is None or ("local" in names and source is None) else None
         if "local" in names:
-            judging = loaded if judge_model is None else load(judge_model, device, dtype)
+            judging = loaded if source is None else load(source, device, dtype)
             made["local"] = make_local_judge(judging, rubric)
         if answers is None:
             answered = follow(loaded, asked, prompts, template=read, out=folder / "answers")
@@ -151,16 +166,19 @@ def conflict_score(
         for name in names:
             own = rubric is None or rubric == _OWN_RUBRIC.get(name, rubric)
             place = f"scores-{name}" if own else f"scores-{name}-{rubric}"
-            results.append(cras(made[name], queries, weights=weights, out=folder / place))
-        table = summarise(results, columns, out_of_range)
-        agreed = agreement(results, out_of_range)
-        if as_json:
+            # Without weights: they are of the tables, and scores of one folder serve all weights.
+            results.append(cras(made[name], queries, out=folder / place))
+        averaged, table, refused = summarise(results, columns, weights, out_of_range)
+        agreed = agreement(averaged, weights, out_of_range)
+        if table is not None and as_json:
             found = {"scores": records(table)} | ({} if agreed is None else {"agreement": records(agreed)})
             print(json.dumps(found))
-            return
-        show(table)
-        if agreed is not None:
-            show(agreed)
+        elif table is not None:
+            show(table)
+            if agreed is not None:
+                show(agreed)
+        if refused:
+            raise InputError(refused)
 
 
 @contextmanager
@@ -184,7 +202,11 @@ def keeping(out: Path | None) -> Iterator[Path]:
         )
         note = f"Give --out {folder} to go on from what was answered and graded"
         if isinstance(error, InterpError):
+            from interp.conflict.adherence import GO_ON
+
             message = str(error)
+            if out is None:  # the same again would begin anew
+                message = message.replace(GO_ON, "")
             for given, option in _AS_OPTION.items():
                 message = message.replace(given, option)
             error.args = (f"{message}. {note}" if kept else message,)
@@ -224,36 +246,44 @@ def make_local_judge(model: Any, rubric: str | None) -> Any:
     return LocalJudge(model, rubric=rubric or _OWN_RUBRIC["local"])
 
 
-def summarise(results: Sequence[Result], by: Sequence[str], out_of_range: str) -> pd.DataFrame:
-    """CRAS of every judge.
+def summarise(
+    results: Sequence[Result], by: Sequence[str], weights: Mapping[str, float] | None, out_of_range: str
+) -> tuple[list[Result], pd.DataFrame | None, str]:
+    """CRAS of every judge that can be averaged.
 
-    Raises:
-        InputError: see `cras_summary`; it says how many scores are kept.
+    Returns:
+        (their results, their table if there are any, why the others are refused and how many scores are kept).
     """
     import pandas as pd
 
     from interp.conflict import cras_summary
 
-    try:
-        return pd.concat(
-            [cras_summary(result, by=by, out_of_range=out_of_range) for result in results], ignore_index=True
-        )
-    except InputError as error:
+    averaged, tables, errors = [], [], []
+    for result in results:
+        try:
+            tables.append(cras_summary(result, by=by, weights=weights, out_of_range=out_of_range))
+            averaged.append(result)
+        except InputError as error:
+            errors.append(str(error))
+    if errors:
         n = sum(len(result.frame) for result in results)
-        raise InputError(f"{error}. All {n} scores are kept, and no judge is asked for them again") from None
+        errors.append(f"All {n} scores are kept, and no judge is asked for them again")
+    return averaged, pd.concat(tables, ignore_index=True) if tables else None, ". ".join(errors)
 
 
-def agreement(results: Sequence[Result], out_of_range: str) -> pd.DataFrame | None:
-    """How far judges agree; nothing, and why on stderr, where that cannot be said."""
+def agreement(results: Sequence[Result], weights: Mapping[str, float] | None, out_of_range: str) -> pd.DataFrame | None:
+    """How far every two judges agree; without the pairs of which that cannot be said, and why on stderr."""
+    import pandas as pd
+
     from interp.conflict import compare_judges
 
-    if len(results) < 2:
-        return None
-    try:
-        return compare_judges(results, out_of_range=out_of_range)
-    except InputError as error:
-        print(f"no agreement: {error}", file=sys.stderr)
-        return None
+    tables = []
+    for two in combinations(results, 2):
+        try:
+            tables.append(compare_judges(two, weights=weights, out_of_range=out_of_range))
+        except InputError as error:
+            print(f"no agreement: {error}", file=sys.stderr)
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 
 def check_unused(context: typer.Context, names: Sequence[str]) -> None:
@@ -273,8 +303,23 @@ def check_api(base_url: str | None, judge_model: str | None) -> None:
     Raises:
         InputError: it says what to add.
     """
-    if not base_url or not judge_model:
+    if not base_url or not (judge_model or "").strip():
         raise InputError("--judge api needs --base-url, such as http://localhost:8000/v1, and --judge-model")
+
+
+def local_source(names: Sequence[str], judge_model: str | None, local_model: str | None) -> str | None:
+    """What the local judge is loaded from; `None` for the model that answers. With a server --judge-model is the server's.
+
+    Raises:
+        InputError: a model for a local judge that is not asked, or two models for it.
+    """
+    if local_model is not None and "local" not in names:
+        raise InputError("--local-model is the model of --judge local; add that, or leave it out")
+    if "api" in names or judge_model is None:
+        return local_model
+    if local_model is not None:
+        raise InputError("--judge-model and --local-model both name the local judge's model; give one of the two")
+    return judge_model
 
 
 def check_rubric(rubric: str | None, names: Sequence[str]) -> None:

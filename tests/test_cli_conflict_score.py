@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from interp import load_result
 from interp.cli import app
+from interp.cli_shared import load
 from interp.conflict import answers as answering
 from interp.conflict.api_judge import ApiJudge
 from interp.errors import InputError, InterpError, ModelError, ResourceError
@@ -108,6 +110,14 @@ def parsed(result: Any) -> Any:
     return json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
 
 
+def failing(*arguments: Any) -> Any:
+    """A run that is to end with an error of ours."""
+    result = CliRunner().invoke(app, ["conflict", "score", *map(str, arguments)])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, InterpError)
+    return result
+
+
 def api(server: Scripted, folder: Path, *more: Any) -> list[Any]:
     judge = ["--judge", "api", "--base-url", server.url, "--judge-model", "m", "--key-env", "JUDGE_KEY"]
     return [*SOME, "--model", folder, *judge, "--json", *more]
@@ -168,6 +178,75 @@ def test_when_all_answers_are_dropped_the_rest_is_still_said(server: Scripted, f
     assert "no agreement: judges 'api:m' and 'rule' have no answer in common" in result.stderr
 
 
+def test_a_judge_without_answers_does_not_hide_how_the_others_agree(
+    server: Scripted, folder: Path, tmp_path: Path
+) -> None:
+    server.script = [replies(scores(0, 0, 0, 0))]
+    three = api(server, folder, "--judge", "rule", "--judge", "local", "--out", tmp_path / "run")
+    result = run(*three, "--out-of-range", "drop")
+    others = {"rule", "local:tiny-chat"}
+    assert {(row["first"], row["second"]) for row in parsed(result)["agreement"]} == {("rule", "local:tiny-chat")}
+    for other in others:
+        assert f"no agreement: judges 'api:m' and '{other}' have no answer in common" in result.stderr
+    # Where it is refused, what is known of the others is printed before.
+    refused = failing(*three)
+    message = str(refused.exception)
+    assert re.search(r"^judge 'api:m' answered out of range: .*give --out-of-range drop", message)
+    assert f"All {3 * 4 * N} scores are kept" in message
+    assert {row["judge"] for row in parsed(refused)["scores"]} == others
+    assert parsed(refused)["agreement"] == parsed(result)["agreement"]
+    assert "no agreement" not in refused.stderr
+    # With nobody in range there is nothing to print.
+    assert "{" not in failing(*api(server, folder, "--out", tmp_path / "run")).stdout
+
+
+def test_other_weights_ask_nothing_again(server: Scripted, folder: Path, tmp_path: Path, answered: list[int]) -> None:
+    server.script = [replies(GOOD, scores(1, 2, 5, 4))]
+    here = api(server, folder, "--judge", "rule", "--out", tmp_path / "run")
+    even = parsed(run(*here))
+    n_requests, n_answered = len(server.bodies), sum(answered)
+    found = {}
+    for name in ("goal_alignment", "constraint_compliance"):
+        found[name] = parsed(run(*here, "--weight", f"{name}=1"))
+        for judge in ("api:m", "rule"):
+            mean = {(row["prompt"], row["what"]): row["mean"] for row in found[name]["scores"] if row["judge"] == judge}
+            assert mean["conflict", "cras"] == mean["conflict", name]
+        rows = {row["what"]: row for row in found[name]["agreement"]}
+        assert rows["cras"] == rows[name] | {"what": "cras"}
+    assert (len(server.bodies), sum(answered)) == (n_requests, n_answered)
+    cras = [table["agreement"][0] for table in (even, *found.values())]
+    assert [row["what"] for row in cras] == ["cras"] * 3
+    assert len({row["kappa"] for row in cras}) > 1, [row for t in (even, *found.values()) for row in t["agreement"]]
+    assert parsed(run(*here)) == even
+
+
+def test_a_server_and_a_local_judge_have_models_of_their_own(
+    server: Scripted, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other-chat"
+    shutil.copytree(folder, other)
+    loaded: list[str] = []
+    monkeypatch.setattr("interp.cli_conflict_score.load", lambda name, *_: loaded.append(name) or load(name, *_))
+
+    def judges(*arguments: Any) -> set[str]:
+        return {row["judge"] for row in parsed(run(*arguments))["scores"]}
+
+    both = api(server, folder, "--judge", "local", "--out", tmp_path / "run")
+    assert judges(*both) == {"api:m", "local:tiny-chat"}  # the model that answers
+    both[-1] = tmp_path / "run of two"
+    assert judges(*both, "--local-model", other) == {"api:m", "local:other-chat"}
+    assert loaded == [str(folder), str(folder), str(other)]
+    assert {body["model"] for body in server.bodies} == {"m"}
+    # A local judge without a server takes either name.
+    local = ["--answers", tmp_path / "run" / "answers", "--judge", "local", "--json"]
+    for option in ("--judge-model", "--local-model"):
+        loaded.clear()
+        assert judges(*local, option, other) == {"local:other-chat"}
+        assert loaded == [str(other)]
+    with pytest.raises(InputError, match="--judge-model and --local-model both name the local judge's model"):
+        run(*local, "--judge-model", other, "--local-model", folder)
+
+
 def test_a_server_that_fails_loses_nothing(
     server: Scripted, folder: Path, temporary: Path, answered: list[int]
 ) -> None:
@@ -184,6 +263,9 @@ def test_a_server_that_fails_loses_nothing(
         run(*api(server, folder))
     (place,) = temporary.iterdir()
     assert f"Give --out {place} to go on from what was answered and graded" in str(caught.value)
+    assert "run the same again" not in str(caught.value)  # that would begin anew
+    with pytest.raises(ResourceError, match=r"kept in scores-api; run the same again to go on$"):
+        run(*api(server, folder, "--out", place))
     server.script = [replies(GOOD)]
     n_requests, n_answered = len(server.bodies), sum(answered)
     assert parsed(run(*api(server, folder, "--out", place)))["scores"]
@@ -243,7 +325,13 @@ WRONG = [
 ]
 WRONG_API = [
     (["--key-env", "NO_SUCH_KEY"], r"variable NO_SUCH_KEY is not set.* or give --key-env none for a server that wants"),
-    (["--base-url", "nowhere"], "'nowhere'; expected an address"),
+    (["--base-url", "nowhere"], "^--base-url 'nowhere'; expected an address"),
+    (
+        ["--base-url", "http://me:word@127.0.0.1/v1"],
+        "^--base-url holds .* put the key into an environment variable and name that with --key-env$",
+    ),
+    (["--judge-model", " "], "--judge api needs --base-url, .* and --judge-model"),
+    (["--local-model", "m"], "--local-model is the model of --judge local; add that"),
 ]
 
 

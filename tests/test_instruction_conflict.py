@@ -44,7 +44,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_all_stages(model: Any, tmp_path: Path) -> None:
     arms = ["focal", "focal, no credit", "focal, attention credit", "random 0", "patched", "all", "focal, as published"]
-    arms.append("focal, plain DPO")
+    arms += ["focal, plain DPO", "first", "last"]
     section = instruction_conflict.run(model, tmp_path, train=arms, **SMALL)
     names = [claim.claim for claim in section.claims]
     assert read_claims(tmp_path / "claims.json") == section.claims

@@ -35,6 +35,8 @@ from interp.provenance import Provenance
 from interp.results import Column, Result
 from interp.shards import ShardedRun
 
+# Said where the judge fails and what it graded is in a folder that the same call opens again.
+GO_ON = "; run the same again to go on"
 # Prompts with a system turn: without one there is no role to keep to.
 WITH_ROLE = ("system", "agree", "paraphrase", "other", "conflict")
 SCORE_COLUMNS = (
@@ -186,12 +188,15 @@ def cras(
                 done += len(graded)
                 bar.update(len(graded))
         except ResourceError as error:
-            kept = f"and kept in {Path(out).name}" if out is not None else "and lost; give out= a folder to keep them"
-            if done == 0:
-                kept = "yet" if out is not None else "yet; give out= a folder to keep what will be"
-            raise ResourceError(
-                f"{error}. {done} of {len(queries)} answers are graded {kept}; run the same again to go on"
-            ) from None
+            if out is None:
+                kept = (
+                    "and lost; give out= a folder to keep them"
+                    if done
+                    else "yet; give out= a folder to keep what will be"
+                )
+            else:
+                kept = (f"and kept in {Path(out).name}" if done else "yet") + GO_ON
+            raise ResourceError(f"{error}. {done} of {len(queries)} answers are graded {kept}") from None
     if run is not None:
         return run.finish()
     provenance = Provenance(**{**vars(provenance), "wall_time": time.monotonic() - started})

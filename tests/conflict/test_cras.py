@@ -240,10 +240,13 @@ def test_a_judge_that_is_down_keeps_what_it_graded(tmp_path: Path) -> None:
     assert up.graded == 2
     assert found.equals(whole)
     assert load_result(tmp_path / "run").equals(whole)
-    with pytest.raises(ResourceError, match=r"6 of 8 answers are graded and lost; give out="):
+    # Without a folder the same again begins anew.
+    with pytest.raises(ResourceError, match=r"6 of 8 answers are graded and lost; give out= a folder to keep them$"):
         cras(Given(down_after=7), some, progress=False)
-    with pytest.raises(ResourceError, match=r"0 of 8 answers are graded yet"):
+    with pytest.raises(ResourceError, match=r"0 of 8 answers are graded yet; give out= a folder to keep what will be$"):
         cras(Given(down_after=0), some, progress=False)
+    with pytest.raises(ResourceError, match=r"0 of 8 answers are graded yet; run the same again to go on$"):
+        cras(Given(down_after=0), some, out=tmp_path / "other", progress=False)
     other = [*some[:-1], query("7", "1 1 1 1")]
     with pytest.raises(ResultError, match="holds another run"):
         cras(Given(), other, out=tmp_path / "run", progress=False)
@@ -368,6 +371,8 @@ def test_agreement_of_judges() -> None:
     assert cras["tau"] == pytest.approx(kendall_tau(truth.mean(1), noise.mean(1)))
     assert (table["undefined"] == 0).all()
     assert len(table) == 6 * 5
+    weighted = compare_judges([results[0], results[2]], weights={GOAL: 1.0}, n_resamples=50).set_index("what")
+    assert weighted.loc["cras", "tau"] == weighted.loc[GOAL, "tau"] == noisy["tau"]
 
 
 def test_agreement_on_what_both_know() -> None:
