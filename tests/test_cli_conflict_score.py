@@ -201,23 +201,28 @@ def test_a_judge_without_answers_does_not_hide_how_the_others_agree(
 
 
 def test_other_weights_ask_nothing_again(server: Scripted, folder: Path, tmp_path: Path, answered: list[int]) -> None:
-    server.script = [replies(GOOD, scores(1, 2, 5, 4))]
+    def reply(body: dict[str, Any]) -> Any:
+        """The rules' verdict on the constraint, and its opposite on the role."""
+        if kind(body) == "rubric":
+            return RUBRIC
+        keeps = ("must be a numbered list" in asked(body)) == (f"<answer>\n{LIST}" in asked(body))
+        return scores(4, 1, 5, 5) if keeps else scores(4, 5, 5, 1)
+
+    server.script = [reply]
     here = api(server, folder, "--judge", "rule", "--out", tmp_path / "run")
     even = parsed(run(*here))
     n_requests, n_answered = len(server.bodies), sum(answered)
-    found = {}
-    for name in ("goal_alignment", "constraint_compliance"):
-        found[name] = parsed(run(*here, "--weight", f"{name}=1"))
-        for judge in ("api:m", "rule"):
-            mean = {(row["prompt"], row["what"]): row["mean"] for row in found[name]["scores"] if row["judge"] == judge}
-            assert mean["conflict", "cras"] == mean["conflict", name]
-        rows = {row["what"]: row for row in found[name]["agreement"]}
+    assert even["agreement"][0]["what"] == "cras"
+    assert even["agreement"][0]["kappa"] == pytest.approx(0)
+    for name, kappa in (("role_consistency", -1), ("constraint_compliance", 1)):
+        found = parsed(run(*here, "--weight", f"{name}=1"))
+        rows = {row["what"]: row for row in found["agreement"]}
         assert rows["cras"] == rows[name] | {"what": "cras"}
-    assert (len(server.bodies), sum(answered)) == (n_requests, n_answered)
-    cras = [table["agreement"][0] for table in (even, *found.values())]
-    assert [row["what"] for row in cras] == ["cras"] * 3
-    assert len({row["kappa"] for row in cras}) > 1, [row for t in (even, *found.values()) for row in t["agreement"]]
+        assert kappa * rows["cras"]["kappa"] > 0.5
+        means = {(row["judge"], row["prompt"], row["what"]): row["mean"] for row in found["scores"]}
+        assert all(means[judge, "conflict", "cras"] == means[judge, "conflict", name] for judge in ("api:m", "rule"))
     assert parsed(run(*here)) == even
+    assert (len(server.bodies), sum(answered)) == (n_requests, n_answered)
 
 
 def test_a_server_and_a_local_judge_have_models_of_their_own(

@@ -188,13 +188,10 @@ def cras(
                 done += len(graded)
                 bar.update(len(graded))
         except ResourceError as error:
-            if out is None:
-                kept = (
-                    "and lost; give out= a folder to keep them"
-                    if done
-                    else "yet; give out= a folder to keep what will be"
-                )
-            else:
+            kept = (
+                "and lost; give out= a folder to keep them" if done else "yet; give out= a folder to keep what will be"
+            )
+            if out is not None:
                 kept = (f"and kept in {Path(out).name}" if done else "yet") + GO_ON
             raise ResourceError(f"{error}. {done} of {len(queries)} answers are graded {kept}") from None
     if run is not None:
