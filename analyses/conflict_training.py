@@ -46,10 +46,11 @@ from interp.sinks.domains import domain_documents
 # Beside the published loss, which by itself wins the conflict at the price of the language: chosen on validation tasks.
 SETTINGS: dict[str, Any] = {"likelihood": 0.2, "anchor_weight": ANCHOR_WEIGHT}
 N_ANCHORS = 300  # editorials; the prose that is measured is other text
-# Arms whose layers were localised, and how.
-LOCALISED = {
+# Arms of which every claim is made, and which layers they train.
+CLAIMED = {
     "focal": "adapters on focal layers by drift",
     "patched": "adapters on as many layers by patching",
+    "all": "adapters on all layers, as many parameters",
     "focal, as published": "SAIL by the published loss alone, on focal layers by drift",
 }
 # Groups of families beside the trained ones.
@@ -166,11 +167,11 @@ def align_arms(
         told = conflict_arms.foretold(table[table["families"] == "trained"], about, located.by_layer)
         items.append(titled(told, "What localisation says of the arms' layers, and what they gained"))
         claims += [conflict_claims.foretells(told, how) for how in ("drift", "patching") if len(told) > 4]
-    for name in LOCALISED:
+    for name in CLAIMED:
         if name not in found:
             continue
         by_rule = conflict_arms.by_rule(found[name][0], base[0])
-        items.append(titled(by_rule, f"{LOCALISED[name]}: each rule under conflict, before and after"))
+        items.append(titled(by_rule, f"{CLAIMED[name]}: each rule under conflict, before and after"))
         adapter = place / conflict_arms.folder_name(name) / "adapter"
         claims += after_claims(model, adapter, (base[0], found[name][0]), taught, table, name)
         with adapted(model, adapter):
@@ -183,7 +184,7 @@ def align_arms(
             )
         items += [
             plots.layer_profile(after),
-            titled(layer_scores(after)[LAYERS], f"{LOCALISED[name]}: drift after training"),
+            titled(layer_scores(after)[LAYERS], f"{CLAIMED[name]}: drift after training"),
         ]
     return True
 
@@ -229,9 +230,9 @@ def arm_claims(
     if "trained" not in groups:
         return []
     own, made = groups["trained"], []
-    for name in (name for name in LOCALISED if name in found):
+    for name in (name for name in CLAIMED if name in found):
         rows = table[table["arm"] == name].set_index("families")
-        row, where = rows.loc["trained"], LOCALISED[name]
+        row, where = rows.loc["trained"], CLAIMED[name]
         published = name == "focal, as published"
         made += [conflict_claims.obeys_more(row, where, published)]
         made += [conflict_claims.reaches(row, where), conflict_claims.keeps(row, where)]
@@ -300,7 +301,7 @@ def after_claims(
     same_top = float(table.loc[table["arm"] == arm, "same_top"].iloc[0])
     return [
         conflict_claims.scores(
-            graded[0], graded[1].reindex(graded[0].index), tasks, LOCALISED[arm], arm == "focal, as published"
+            graded[0], graded[1].reindex(graded[0].index), tasks, CLAIMED[arm], arm == "focal, as published"
         ),
-        conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top, LOCALISED[arm]),
+        conflict_claims.neurons_stay(float(same["agree"]), int(same["n"]), same_top, CLAIMED[arm]),
     ]

@@ -40,8 +40,9 @@ def conflict_align(
         str | None,
         typer.Option(
             "--select",
-            help="drift: the focal layers, as in the paper; patch: as many layers as a fifth, those whose attention output "
-            "brings back the system's rule when it is patched. Default: drift.",
+            help="drift: the focal layers, as in the paper; patch: a fifth of the layers, those whose attention output "
+            "brings back the system's rule when it is patched; all: every layer, by smaller ranks as many parameters as a "
+            "fifth of them has. Default: drift.",
         ),
     ] = None,
     drift: Annotated[
@@ -114,6 +115,7 @@ def conflict_align(
     from interp.conflict import (
         adapted,
         align,
+        arms,
         balanced,
         focal_heads,
         focal_layers,
@@ -128,12 +130,12 @@ def conflict_align(
     from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
     from interp.results import load_result
 
-    if select not in (None, "drift", "patch"):
-        raise InputError(f"--select {select!r}; expected drift or patch")
+    if select not in (None, "drift", "patch", "all"):
+        raise InputError(f"--select {select!r}; expected drift, patch or all")
     if layer and select:
         raise InputError(f"--layer names the layers and --select {select} chooses them; give one of the two")
-    if drift is not None and (select == "patch" or layer) and credit != "attention":
-        other = "--layer" if layer else "--select patch"
+    if drift is not None and (select in ("patch", "all") or layer) and credit != "attention":
+        other = "--layer" if layer else f"--select {select}"
         raise InputError(f"--drift is not used with {other}; leave one of the two out")
     if not run or run in _OWN or Path(run).name != run or run.startswith("."):
         raise InputError(f"--run {run!r}; expected a folder's name other than {', '.join(_OWN)}")
@@ -166,7 +168,7 @@ def conflict_align(
                 f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or leave --drift out and "
                 f"name layers with --layer"
             )
-    elif credit == "attention" or not (layer or select == "patch"):
+    elif credit == "attention" or not (layer or select in ("patch", "all")):
         where = make(_N_LOCALISE, "localisation", family, wording, setting, tasks, seed)
         measured = localize(loaded, where, template=read, out=out / "drift")
     if layer:
@@ -174,6 +176,11 @@ def conflict_align(
     elif select == "patch":
         where = make(_N_PATCH, "localisation", family, wording, setting, tasks, seed)
         layers = restoring_layers(patch_layers(loaded, where, template=read, out=out / "patch"))
+    elif select == "all":
+        n_layers = loaded.arch.n_layers
+        every = arms(loaded, range(max(1, round(n_layers / 5))), rank, n_random=0)["all"]
+        layers = list(every.layers)
+        settings |= {"rank": every.rank, "lora_alpha": every.lora_alpha}
     else:
         layers = focal_layers(measured)  # type: ignore[arg-type]
     print(f"layers: {', '.join(map(str, layers))}", file=sys.stderr)

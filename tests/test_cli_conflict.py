@@ -183,6 +183,13 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     changes = (changes["logdiff_patched"] - changes["logdiff_conflict"]).groupby(changes["layer"]).mean()
     assert f"layers: {changes.idxmax()}\n" in chosen.stderr
     assert not (tmp_path / "patched" / "drift").exists()
+    # All layers, with as many parameters as one of rank 8.
+    run(
+        *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
+        *("--out", tmp_path / "patched", "--run", "every", "--select", "all", "--credit", "none", "--anchors", "none"),
+    )
+    record = json.loads((tmp_path / "patched" / "every" / "run.json").read_text())
+    assert (record["layers"], record["rank"], record["lora_alpha"]) == ([0, 1, 2], [3, 2, 3], 6.0)
     for spec, message in (("random", "made of a vocabulary's tokens"), ("poems", "there is no domain 'poems'")):
         with pytest.raises(InputError, match=message):
             run("conflict", "align", *SOME, "--model", folder, "--out", tmp_path / "no", "--anchors", spec)
@@ -204,7 +211,7 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
         (["score", "--judge", "boss"], "--judge boss; expected rule, local or api"),
         (["score", "--weight", "goal"], "--weight 'goal'; expected DIMENSION=λ"),
         (["align", "--out", "x", "--preset", "boss", "--pairs", "2"], "boss"),
-        (["align", "--out", "x", "--select", "boss"], "--select 'boss'; expected drift or patch"),
+        (["align", "--out", "x", "--select", "boss"], "--select 'boss'; expected drift, patch or all"),
         (["align", "--out", "x", "--select", "patch", "--layer", "1"], "give one of the two"),
         (
             ["align", "--out", "x", "--select", "patch", "--drift", "d.parquet"],

@@ -80,6 +80,7 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     assert {claim.claim.split(":")[0]: "+5.60" in str(claim.paper) for claim in trained} == {
         "adapters on focal layers by drift": False,
         "adapters on as many layers by patching": False,
+        "adapters on all layers, as many parameters": False,
         "SAIL by the published loss alone, on focal layers by drift": True,
     }
     # It obeys the list rule in the user turn alone, so that it is followed, and lost whenever the system asks for it.
