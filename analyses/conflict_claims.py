@@ -56,12 +56,13 @@ def who(answers: Result) -> str:
 def drifts(heads: pd.DataFrame, control: str = "a paraphrase") -> Claim:
     """Some heads' attention changes with the conflict more than with what the control changes."""
     moved = heads[(heads["q"] <= 0.05) & (heads["excess"] > 0)]
+    less = int(((heads["q"] <= 0.05) & (heads["excess"] < 0)).sum())
     top = heads.loc[heads["excess"].idxmax()]
     return Claim(
         f"some heads' attention drifts under conflict, beyond what {control} does",
         PAPER,
         None,
-        f"{len(moved)} of {len(heads)} heads (q ≤ .05); most L{top['layer']:.0f}H{top['head']:.0f}: score "
+        f"{len(moved)} of {len(heads)} heads do (q ≤ .05), {less} drift less; most L{top['layer']:.0f}H{top['head']:.0f}: score "
         f"{top['score']:.2f}, control {top['control']:.2f}, excess {top['excess']:+.2f} (its interval; q decides)",
         _interval(top["low"], top["high"]),
         int(top["n_pairs"]),

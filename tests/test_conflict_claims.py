@@ -72,6 +72,7 @@ def test_drift() -> None:
     assert conflict_claims.drifts(heads(0.2, 0.01)).holds is True
     assert conflict_claims.drifts(heads(0.2, 0.06)).holds is False
     assert conflict_claims.drifts(heads(-0.2, 0.01)).holds is False
+    assert "1 of 2 heads do (q ≤ .05), 1 drift less" in str(conflict_claims.drifts(heads(0.2, 0.01)).ours)
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(0.4, 0.9, True), (0.0, 0.2, False), (0.2, 0.5, None)])
