@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyses import conflict_arms, conflict_claims
+from analyses import conflict_arms, conflict_claims, conflict_figures
 from analyses.neuron_clamping import read_jsonl
 from interp import neurons
 from interp.atomic import write_atomically
@@ -161,7 +161,10 @@ def align_arms(
         del found[name]
     groups = family_groups(base[0], taught, families["followed"])
     table = conflict_arms.table(found, base, groups, about)
-    items.append(titled(table, "Arms on held-out tasks, beside the untrained model"))
+    items += [
+        conflict_figures.arms(table, model.name),
+        titled(table, "Arms on held-out tasks, beside the untrained model"),
+    ]
     claims += arm_claims(table, found, groups)
     if "trained" in groups:
         told = conflict_arms.foretold(table[table["families"] == "trained"], about, located.by_layer)
@@ -171,7 +174,8 @@ def align_arms(
         if name not in found:
             continue
         by_rule = conflict_arms.by_rule(found[name][0], base[0])
-        items.append(titled(by_rule, f"{CLAIMED[name]}: each rule under conflict, before and after"))
+        what = CLAIMED[name][0].upper() + CLAIMED[name][1:]
+        items.append(titled(by_rule, f"{what}: each rule under conflict, before and after"))
         adapter = place / conflict_arms.folder_name(name) / "adapter"
         claims += after_claims(model, adapter, (base[0], found[name][0]), taught, table, name)
         with adapted(model, adapter):
@@ -182,10 +186,7 @@ def align_arms(
                 out=adapter.parent / "drift",
                 progress=f"drift after, {name}",
             )
-        items += [
-            plots.layer_profile(after),
-            titled(layer_scores(after)[LAYERS], f"{CLAIMED[name]}: drift after training"),
-        ]
+        items += [titled(layer_scores(after)[LAYERS], f"{what}: drift after training"), plots.layer_profile(after)]
     return True
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses import conflict_arms, conflict_claims
+from analyses import conflict_arms, conflict_claims, conflict_figures
 from interp.conflict.answers import FOLLOW_COLUMNS
 from interp.provenance import Provenance
 from interp.results import Result
@@ -238,6 +238,27 @@ def test_the_table_has_a_row_per_arm_and_group() -> None:
     assert row["same_top"] == pytest.approx(0.9)
     assert row["perplexity"] == pytest.approx(np.exp(0.1))
     assert table.iloc[0]["perplexity"] == 1.0
+
+
+def test_the_figure_of_arms_has_every_arm_in_order_of_its_gain() -> None:
+    rows = [
+        {"arm": arm, "layers": layers, "families": group, "conflict": change + 0.3, "change": change}
+        | {"low": change - 0.1, "high": change + 0.2, "perplexity": 1.01, "n": n}
+        for arm, layers, gains in (
+            ("untrained", "–", (0.0, 0.0)),
+            ("focal", "3–4", (0.3, 0.1)),
+            ("last", "7", (-0.1, 0.0)),
+        )
+        for group, change, n in zip(("trained", "never trained, followed"), gains, (96, 40), strict=True)
+    ]
+    drawn = conflict_figures.arms(pd.DataFrame(rows), "tiny")
+    trained, never = drawn.data
+    assert [name.split(":")[0] for name in drawn.layout.yaxis.ticktext] == ["last", "focal"]
+    assert dict(zip(np.round(trained.y), trained.x, strict=True)) == {1: 0.3, 0: -0.1}
+    assert list(trained.error_x.array) == pytest.approx([0.2, 0.2])
+    assert list(trained.error_x.arrayminus) == pytest.approx([0.1, 0.1])
+    assert not set(trained.y) & set(never.y)
+    assert [trained.name, never.name] == ["trained (n = 96)", "never trained, followed (n = 40)"]
 
 
 def test_pairs_that_differ_cannot_be_compared() -> None:
