@@ -25,7 +25,7 @@ from interp.batching import Batch, for_each_batch, token_batches
 from interp.capture import forward
 from interp.conflict import adapted, align, follow
 from interp.conflict.adapters import read_adapter
-from interp.conflict.answers import share_interval
+from interp.conflict.follow_summaries import share_interval
 from interp.conflict.layer_arms import LayerArm, arms
 from interp.conflict.pairs import Pair
 from interp.intervals import bootstrap_mean_clustered

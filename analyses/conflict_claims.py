@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from interp.conflict.answers import share_interval
+from interp.conflict.follow_summaries import share_interval
 from interp.intervals import bootstrap_mean_clustered
 from interp.report.claims import Claim
 from interp.results import Result

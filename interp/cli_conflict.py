@@ -91,7 +91,8 @@ def conflict_follow(
     as_json: JsonOption = False,
 ) -> None:
     """Which rules the model follows at all, and who wins under conflict: share of answers that pass the verifiers."""
-    from interp.conflict.answers import follow, followed_rules
+    from interp.conflict.answers import follow
+    from interp.conflict.follow_summaries import followed_rules
 
     chosen = make(pairs, part, family, wording, setting, tasks, seed)
     loaded = load(model, device, dtype)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conflict.chat_models import chat_tokenizer
+from conflict.chat_models import save_chat_model
 from conflict.scripted_answers import script
-from tiny_models import tiny_hf
 from typer.testing import CliRunner
 
 from interp import load_result
@@ -19,10 +18,7 @@ from interp.errors import InputError, InterpError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny-chat"
-    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
-    chat_tokenizer().save_pretrained(path)
-    return path
+    return save_chat_model(tmp_path_factory.mktemp("models") / "tiny-chat")
 
 
 @pytest.fixture(autouse=True)
@@ -261,9 +257,7 @@ def test_answers_of_other_tasks_need_their_file(folder: Path, tmp_path: Path) ->
 
 
 def test_a_model_without_chat_template_is_offered_one(tmp_path: Path) -> None:
-    path = tmp_path / "plain"
-    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
-    chat_tokenizer(None).save_pretrained(path)
+    path = save_chat_model(tmp_path / "plain", None)
     arguments = ["conflict", "follow", "--pairs", 2, *SOME, "--model", path]
     with pytest.raises(InputError, match="has no chat template; give template='chatml'"):
         run(*arguments)

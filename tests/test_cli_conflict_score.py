@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conflict.chat_models import chat_tokenizer
+from conflict.chat_models import save_chat_model
 from conflict.scripted_answers import LIST, script
 from conflict.scripted_server import GOOD, RUBRIC, Scripted, completion, scores
-from tiny_models import tiny_hf
 from typer.testing import CliRunner
 
 from interp import load_result
@@ -34,10 +33,7 @@ N, DIFFERENT = 6, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny-chat"
-    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
-    chat_tokenizer().save_pretrained(path)
-    return path
+    return save_chat_model(tmp_path_factory.mktemp("models") / "tiny-chat")
 
 
 @pytest.fixture(autouse=True)
@@ -386,8 +382,7 @@ def test_no_place_for_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_fails_before_an_answer_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
-    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(tmp_path / "plain")
-    chat_tokenizer(None).save_pretrained(tmp_path / "plain")
+    save_chat_model(tmp_path / "plain", None)
     with pytest.raises(InputError, match="has no chat template") as caught:
         run(*SOME, "--model", tmp_path / "plain")
     assert "--out" not in str(caught.value)

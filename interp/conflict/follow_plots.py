@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from interp.conflict.answers import follow_summary
+from interp.conflict.follow_summaries import follow_summary
 from interp.conflict.pairs import PROMPTS
 from interp.plotting import PALETTE, REFERENCE, error_bars, figure, to_float32
 from interp.results import Result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tiny_models import tiny_hf
@@ -29,6 +30,13 @@ def chat_tokenizer(template: str | None = "chatml") -> Any:
     )
     fast.chat_template = TEMPLATES.get(template or "", template)
     return fast
+
+
+def save_chat_model(path: Path, template: str | None = "chatml") -> Path:
+    """A tiny random Llama that reads bytes, and its tokenizer, as a folder; context of 4,096 tokens."""
+    tiny_hf("llama", vocab_size=260, max_position_embeddings=4096).save_pretrained(path)
+    chat_tokenizer(template).save_pretrained(path)
+    return path
 
 
 def chat_tiny(family: str = "llama", template: str | None = "chatml", seed: int = 0, **changes: Any) -> Any:

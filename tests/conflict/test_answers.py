@@ -12,15 +12,9 @@ import torch
 from chat_models import chat_tiny
 
 from interp.conflict import answers as answers_module
-from interp.conflict.answers import (
-    FOLLOW_COLUMNS,
-    follow,
-    follow_summary,
-    followed_rules,
-    generate_answers,
-    share_interval,
-)
+from interp.conflict.answers import FOLLOW_COLUMNS, follow, generate_answers
 from interp.conflict.dialogues import encode_dialogue
+from interp.conflict.follow_summaries import follow_summary, followed_rules, share_interval
 from interp.conflict.pairs import ASKED, make_pairs
 from interp.errors import InputError
 from interp.model import Model

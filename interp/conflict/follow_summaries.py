@@ -1,0 +1,119 @@
+"""What answers say: shares that obey, with intervals over tasks, and which rules a model follows at all.
+
+1. Answers are what `follow` gave; a share is over answers, its interval over tasks, because answers to one task are alike.
+2. A rule is followed at all where it is obeyed more often when the user asks for it than without any rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from interp.conflict.answers import follow_frame
+from interp.conflict.pairs import PROMPTS
+from interp.errors import InputError
+from interp.intervals import bootstrap_mean_clustered
+from interp.results import Result
+
+
+def follow_summary(
+    result: Result, by: Sequence[str] = ("family", "system_rule"), *, n_resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Compliance with the rule of the system turn, by rule and prompt, and what is above doing nothing.
+
+    Args:
+        result: what `follow` gave.
+        by: columns to group by, beside the prompt.
+        n_resamples, seed: of the bootstrap over tasks.
+
+    Returns:
+        The columns of `by`, prompt, obeys_system, low, high (share of answers that pass the verifier of the system's rule,
+        with an interval over tasks), obeys_user (share that pass the opposite rule's), undecided (share that were cut off while
+        they might still have come to obey; they count as not obeying, and a cut-off answer that obeys so far as obeying),
+        loops (share that repeat themselves, whether they obey or not), n (answers), n_tasks, and, where the prompt "none" was
+        asked, above_none, above_low, above_high: how many more answers obey than without any rule, task by task. A rule is
+        followed at all where above_low of the prompt "user" is above 0.
+
+    Raises:
+        InputError: another kind of result, or no such column.
+    """
+    frame = follow_frame(result, by)
+    rows = []
+    for key, group in frame.groupby([*by], observed=True, sort=False) if by else [((), frame)]:
+        none = group[group["prompt"] == "none"]
+        for name in PROMPTS:
+            some = group[group["prompt"] == name]
+            if some.empty:
+                continue
+            low, high = share_interval(some["obeys_system"], some["task"], n_resamples=n_resamples, seed=seed)
+            row = dict(zip(by, key, strict=True)) | {"prompt": name, "obeys_system": some["obeys_system"].mean()}
+            row |= {"low": low, "high": high, "obeys_user": some["obeys_user"].mean()}
+            row |= {"undecided": 1 - some["decided"].mean(), "loops": some["loops"].mean()}
+            row |= {"n": len(some), "n_tasks": some["task"].nunique(), "above_none": np.nan}
+            row |= {"above_low": np.nan, "above_high": np.nan}
+            if len(none):
+                above = some.set_index("pair")["obeys_system"] - none.set_index("pair")["obeys_system"]
+                task = some.set_index("pair")["task"].to_numpy()
+                ends = bootstrap_mean_clustered(above.to_numpy(), task, n_resamples=n_resamples, seed=seed)
+                row |= {"above_none": above.mean(), "above_low": float(ends[0]), "above_high": float(ends[1])}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def share_interval(
+    passed: pd.Series, tasks: pd.Series, *, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of a share of answers: bootstrap over tasks; where all agree, Wilson's with the tasks as trials.
+
+    Args:
+        passed: 1 or 0 of each answer.
+        tasks: the answers' tasks.
+        n_resamples, level, seed: of the bootstrap.
+
+    Returns:
+        (low, high).
+    """
+    if passed.nunique() > 1:
+        low, high = bootstrap_mean_clustered(passed.to_numpy(), tasks.to_numpy(), n_resamples, level, seed)
+        return float(low), float(high)
+    from scipy.stats import binomtest
+
+    n = tasks.nunique()
+    ends = binomtest(n if passed.iloc[0] else 0, n).proportion_ci(level, method="wilson")
+    return float(ends.low), float(ends.high)
+
+
+def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
+    """Per rule: does the model follow it at all, where, and who wins under conflict.
+
+    Args:
+        result: what `follow` gave with the prompts "none", "system", "user" and "conflict".
+        seed: of the bootstrap over tasks.
+
+    Returns:
+        family, rule, none, system, user, conflict (share of answers that obey the rule under each prompt, the rule being the
+        system's in "system" and "conflict"), followed (above_low of the prompt "user" is above 0: obeyed more often than
+        without any rule), heard (the same for "system"), other_wins (share of answers under conflict that obey the opposite
+        rule), undecided, loops (of the answers under conflict: see `follow_summary`), n.
+
+    A rule that is obeyed without being asked for ("paragraph") has no room above that and never counts as followed; a family is
+    followed where one of its rules is. The intervals are each rule's own: of sixteen that do nothing, .4 would count by chance.
+
+    Raises:
+        InputError: another kind of result, or prompts that were not asked.
+    """
+    table = follow_summary(result, ("family", "system_rule"), seed=seed)
+    lost = {"none", "system", "user", "conflict"} - set(table["prompt"])
+    if lost:
+        raise InputError(f"the prompts {', '.join(sorted(lost))} were not asked; give them to `follow`")
+    rows = []
+    for (name, rule), group in table.groupby(["family", "system_rule"], observed=True, sort=False):
+        by_prompt = group.set_index("prompt")
+        shares = by_prompt["obeys_system"]
+        row = {"family": name, "rule": rule} | {key: shares[key] for key in ("none", "system", "user", "conflict")}
+        row |= {"followed": by_prompt["above_low"]["user"] > 0, "heard": by_prompt["above_low"]["system"] > 0}
+        row |= {"other_wins": by_prompt["obeys_user"]["conflict"], "undecided": by_prompt["undecided"]["conflict"]}
+        rows.append(row | {"loops": by_prompt["loops"]["conflict"], "n": by_prompt["n"]["conflict"]})
+    return pd.DataFrame(rows)
