@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from interp.batching import Batch, for_each_batch, token_batches
 from interp.capture import forward
 from interp.conflict import adapted, align, follow
 from interp.conflict.adapters import read_adapter
-from interp.conflict.follow_summaries import share_interval
+from interp.conflict.follow_summaries import follow_summary, obedience_change, share_interval
 from interp.conflict.layer_arms import LayerArm, arms
 from interp.conflict.pairs import Pair
 from interp.intervals import bootstrap_mean_clustered
@@ -39,24 +39,41 @@ PROSE_COLUMNS = (
     Column("nll", "float64", "nats", "mean loss of a prediction"),
     Column("same_top", "float64", "share", "predictions whose most likely token is the untrained model's"),
 )
-# Arms of a comparison: (layers, credit).
-ARMS: dict[str, tuple[str, str]] = {
-    "focal": ("focal", "reward"),
-    "focal, attention credit": ("focal", "attention"),
-    "focal, no credit": ("focal", "none"),
-    "focal, as published": ("focal", "reward"),
-    "focal, plain DPO": ("focal", "none"),
-    "random 0": ("random-0", "reward"),
-    "random 1": ("random-1", "reward"),
-    "random 2": ("random-2", "reward"),
-    "patched": ("patched", "reward"),
-    "first": ("first", "reward"),
-    "last": ("last", "reward"),
-    "all": ("all", "reward"),
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """What is trained in an arm.
+
+    Attributes:
+        layers: "focal", "patched", "random-0" …, see `chosen_layers`.
+        credit: of `align`.
+        bare: without the two terms that the others add to the published loss: the chosen answer's own loss, and anchors.
+        seed: of the adapter's first values and of the order of pairs.
+    """
+
+    layers: str
+    credit: str = "reward"
+    bare: bool = False
+    seed: int = 0
+
+
+ARMS: dict[str, ArmKind] = {
+    "focal": ArmKind("focal"),
+    "focal, attention credit": ArmKind("focal", "attention"),
+    "focal, no credit": ArmKind("focal", "none"),
+    "focal, as published": ArmKind("focal", bare=True),
+    "focal, plain DPO": ArmKind("focal", "none", bare=True),
+    "random 0": ArmKind("random-0"),
+    "random 1": ArmKind("random-1"),
+    "random 2": ArmKind("random-2"),
+    "patched": ArmKind("patched"),
+    "first": ArmKind("first"),
+    "last": ArmKind("last"),
+    "all": ArmKind("all"),
 }
-# Without the two terms that the others add to the published loss: the chosen answer's own loss, and anchors.
-BARE = ("focal, as published", "focal, plain DPO")
-WITHOUT = {"likelihood": 0.0, "anchors": ()}
+ARMS |= {f"{name}, seed 1": replace(ARMS[name], seed=1) for name in ("focal", "random 0", "patched", "all")}
+WITHOUT = {"likelihood": 0.0, "anchors": ()}  # a bare arm's
 # What arms that are compared must have in common; the bare ones differ in the last three by design.
 RECIPE = ("pairs", "validation", "settings", "n_steps", "beta", "likelihood", "anchors", "anchor_weight")
 
@@ -77,21 +94,22 @@ def train_arm(
     **settings: Any,
 ) -> Path:
     """Train one arm, or find that it is trained; returns the adapter's folder."""
-    which, credit = ARMS[name]
-    if name in BARE:
+    kind = ARMS[name]
+    if kind.bare:
         settings |= WITHOUT
-    arm = layers[which]
+    arm = layers[kind.layers]
     align(
         model,
         preferences,
         arm.layers,
         out=out / folder_name(name),
         validation=validation,
-        heads=heads if credit == "attention" else None,
-        credit=credit,
+        heads=heads if kind.credit == "attention" else None,
+        credit=kind.credit,
         rank=arm.rank,
         lora_alpha=arm.lora_alpha,
         measured=out / "measured",  # the reference model is the same in every arm
+        seed=kind.seed,
         **settings,
     )
     return out / folder_name(name) / "adapter"
@@ -151,7 +169,7 @@ def trained(out: Path, name: str, fingerprint: str) -> dict[str, Any] | None:
 def recipe(out: Path, name: str) -> dict[str, Any]:
     """How an arm was trained, of what arms must have in common to be compared."""
     parameters = read_adapter(out / folder_name(name) / "adapter")["parameters"]
-    own = RECIPE[:-3] if name in BARE else RECIPE
+    own = RECIPE[:-3] if ARMS[name].bare else RECIPE
     return {key: parameters.get(key) for key in own}
 
 
@@ -159,7 +177,7 @@ def comparable(out: Path, names: Sequence[str]) -> tuple[list[str], dict[str, st
     """(arms trained by one recipe, {other arm: in what it differs}); the recipe is that of the first that is not bare."""
     found: list[str] = []
     others: dict[str, str] = {}
-    first = next((name for name in names if name not in BARE), names[0] if names else "")
+    first = next((name for name in names if not ARMS[name].bare), names[0] if names else "")
     for name in names:
         ours, theirs = recipe(out, first), recipe(out, name)
         differ = [key for key in theirs if key in ours and ours[key] != theirs[key]]
@@ -264,26 +282,18 @@ def by_rule(after: Result, before: Result) -> pd.DataFrame:
         family, rule, before, after (shares of answers that obey it as the system's rule), change, low, high, user_wins,
         undecided, loops (of the answers after), n (pairs).
     """
-    rows = []
-    for name in dict.fromkeys(after.frame["family"].astype(str)):
-        for rule in dict.fromkeys(of_families(after, [name])["system_rule"].astype(str)):
-            ours, theirs = (
-                dataclasses.replace(result, frame=result.frame[result.frame["system_rule"].astype(str) == rule])
-                for result in (after, before)
-            )
-            mean, low, high = change(ours, theirs, [name])
-            under = of_families(ours, [name]).query("prompt == 'conflict'")
-            share = under["obeys_system"].mean()
-            row = {"family": name, "rule": rule, "before": share - mean, "after": share, "change": mean, "low": low}
-            row |= {"high": high, "user_wins": under["obeys_user"].mean(), "undecided": 1 - under["decided"].mean()}
-            rows.append(row | {"loops": under["loops"].mean(), "n": len(under)})
-    return pd.DataFrame(rows)
+    rule = ["family", "system_rule"]
+    table = obedience_change(before, after, rule).query("prompt == 'conflict'")
+    shares = follow_summary(after, rule).query("prompt == 'conflict'").rename(columns={"obeys_user": "user_wins"})
+    table = table.merge(shares[[*rule, "user_wins", "undecided", "loops"]], on=rule)
+    table = table.rename(columns={"system_rule": "rule"}).drop(columns="prompt")
+    return table[[*(name for name in table if name != "n"), "n"]]
 
 
 def foretold(table: pd.DataFrame, about: Mapping[str, Mapping[str, Any]], by_layer: pd.DataFrame) -> pd.DataFrame:
     """What localisation says of the layers of every arm, beside what it gained; of arms that differ in their layers alone.
 
-    All layers have smaller ranks; of arms on the same layers the first is taken.
+    All layers have smaller ranks; arms that differ in their seed are one row, their mean.
 
     Args:
         table: of `table`, one group of families.
@@ -295,12 +305,43 @@ def foretold(table: pd.DataFrame, about: Mapping[str, Mapping[str, Any]], by_lay
     """
     rows = []
     for row in table.to_dict("records"):
-        if ARMS.get(row["arm"], ("", ""))[1] != "reward" or row["arm"] in BARE:
+        kind = ARMS.get(row["arm"])
+        if kind is None or replace(kind, seed=0) != ArmKind(kind.layers):
             continue
         means = by_layer.loc[list(about[row["arm"]]["layers"])].mean()
         rows.append({name: row[name] for name in ("arm", "layers", "change")} | means[["drift", "patching"]].to_dict())
-    found = pd.DataFrame(rows, columns=["arm", "layers", "change", "drift", "patching"]).drop_duplicates("layers")
+    found = pd.DataFrame(rows, columns=["arm", "layers", "change", "drift", "patching"])
+    found = found.groupby("layers", sort=False, as_index=False).agg(
+        {"arm": "first", "layers": "first", "change": "mean", "drift": "first", "patching": "first"}
+    )
     return found.sort_values("change", ascending=False, ignore_index=True)
+
+
+def alike(names: Sequence[str], like: str) -> list[str]:
+    """The arms among `names` that differ from one arm in their seed alone."""
+    return [name for name in names if replace(ARMS[name], seed=0) == ARMS[like]]
+
+
+def seeds(found: Mapping[str, tuple[Result, Result]], families: Sequence[str]) -> pd.DataFrame:
+    """How far an arm's answers under conflict depend on its seed.
+
+    Args:
+        found: {arm: (answers, prose)}.
+        families: whose answers.
+
+    Returns:
+        arm, seed, difference, low, high (share of answers that obey the system's rule, this seed − seed 0, pair by pair, with
+        an interval over tasks).
+    """
+    rows = []
+    for name in found:
+        first = next((other for other in found if name != other and ARMS[other] == replace(ARMS[name], seed=0)), None)
+        if first is not None:
+            ends = against([found[name][0]], [found[first][0]], families)
+            rows.append(
+                {"arm": first, "seed": ARMS[name].seed} | dict(zip(("difference", "low", "high"), ends, strict=True))
+            )
+    return pd.DataFrame(rows)
 
 
 def of_families(answers: Result, families: Sequence[str]) -> pd.DataFrame:
@@ -312,35 +353,28 @@ def change(
     after: Result, before: Result, families: Sequence[str], prompt: str = "conflict"
 ) -> tuple[float, float, float]:
     """How many more answers obey the system's rule than before, pair by pair: mean, low, high over tasks."""
-    difference, tasks = paired(after, before, families, prompt)
-    if not len(difference):
-        return math.nan, math.nan, math.nan
-    low, high = bootstrap_mean_clustered(difference, tasks)
-    return float(difference.mean()), float(low), float(high)
-
-
-def paired(
-    after: Result, before: Result, families: Sequence[str], prompt: str = "conflict"
-) -> tuple[np.ndarray, np.ndarray]:
-    """(pair) differences of obedience, and the pairs' tasks."""
-    frames = [of_families(result, families) for result in (after, before)]
-    ours, theirs = (frame[frame["prompt"] == prompt].set_index("pair") for frame in frames)
-    if set(ours.index) != set(theirs.index):
-        raise ValueError("the two were measured on different pairs")
-    difference = ours["obeys_system"].astype(float) - theirs["obeys_system"].reindex(ours.index).astype(float)
-    return difference.to_numpy(), ours["task"].to_numpy()
+    return against([after], [before], families, prompt)
 
 
 def against(
-    ours: Result, others: Sequence[Result], families: Sequence[str], prompt: str = "conflict"
+    ours: Sequence[Result], others: Sequence[Result], families: Sequence[str], prompt: str = "conflict"
 ) -> tuple[float, float, float]:
-    """How many more answers obey than the mean of other arms, pair by pair: mean, low, high over tasks.
+    """How many more answers obey in the mean of some arms than of others, pair by pair: mean, low, high over tasks.
 
-    The arms are taken as they are: another seed, or other random layers, would give other arms.
+    The arms are taken as they are: other seeds, or other random layers, would give other arms.
     """
-    every = [paired(ours, other, families, prompt) for other in others]
-    difference = np.mean([values for values, _ in every], axis=0)
-    low, high = bootstrap_mean_clustered(difference, every[0][1])
+    every = [
+        frame[frame["prompt"] == prompt].set_index("pair")
+        for frame in (of_families(result, families) for result in (*ours, *others))
+    ]
+    order = every[0].index
+    if any(set(frame.index) != set(order) for frame in every):
+        raise ValueError("the arms were measured on different pairs")
+    if order.empty:
+        return math.nan, math.nan, math.nan
+    obeys = np.array([frame["obeys_system"].reindex(order).to_numpy(float) for frame in every])
+    difference = obeys[: len(ours)].mean(0) - obeys[len(ours) :].mean(0)
+    low, high = bootstrap_mean_clustered(difference, every[0]["task"].to_numpy())
     return float(difference.mean()), float(low), float(high)
 
 

@@ -130,7 +130,7 @@ def align_arms(
         pairs = held_out(taught, sizes["n_measure"], sizes["n_others"])
         conflict_arms.measure(model, place, "untrained", pairs, prose, None, job.template)
         for name in train:
-            where = conflict_arms.spans(plan[conflict_arms.ARMS[name][0]].layers)
+            where = conflict_arms.spans(plan[conflict_arms.ARMS[name].layers].layers)
             print(f"interp: arm {name}, layers {where}", file=sys.stderr)
             adapter = conflict_arms.train_arm(
                 model, place, name, preferences, validation, plan, located.heads, **settings
@@ -167,6 +167,9 @@ def align_arms(
     ]
     claims += arm_claims(table, found, groups)
     if "trained" in groups:
+        by_seed = conflict_arms.seeds(found, groups["trained"])
+        if len(by_seed):
+            items.append(titled(by_seed, "The same arms under another seed: difference of compliance under conflict"))
         told = conflict_arms.foretold(table[table["families"] == "trained"], about, located.by_layer)
         items.append(titled(told, "What localisation says of the arms' layers, and what they gained"))
         claims += [conflict_claims.foretells(told, how) for how in ("drift", "patching") if len(told) > 4]
@@ -238,46 +241,30 @@ def arm_claims(
         made += [conflict_claims.obeys_more(row, where, published)]
         made += [conflict_claims.reaches(row, where), conflict_claims.keeps(row, where)]
         made += [conflict_claims.generalises(rows.loc[name], where, name) for name in NEVER_TRAINED if name in groups]
-    if "focal" not in found:
-        return made
-    ours = found["focal"][0]
-    n = int(table.loc[(table["arm"] == "focal") & (table["families"] == "trained"), "n"].iloc[0])
-    random = [found[name][0] for name in found if name.startswith("random")]
-    others = {
-        **(
-            {f"focal layers above random layers (mean of {len(random)} draws, taken as they are)": random}
-            if random
-            else {}
-        ),
-        **{
-            f"focal layers above the {name} layers, as many": [found[name][0]]
-            for name in ("first", "last")
-            if name in found
-        },
-        **({"focal layers by drift above as many by patching": [found["patched"][0]]} if "patched" in found else {}),
-        **({"focal layers above all layers with a smaller rank": [found["all"][0]]} if "all" in found else {}),
-        **(
-            {
-                "with the chosen answer's own loss and anchors above the loss as published": [
-                    found["focal, as published"][0]
-                ]
-            }
-            if "focal, as published" in found
-            else {}
-        ),
-        **({"released credit above none": [found["focal, no credit"][0]]} if "focal, no credit" in found else {}),
-    }
-    made += [
-        conflict_claims.beats(f"{name} (compliance under conflict)", conflict_arms.against(ours, some, own), n)
-        for name, some in others.items()
-    ]
+    n = int(table.loc[table["families"] == "trained", "n"].iloc[0])
+    groups_of = {name: conflict_arms.alike(list(found), name) for name in found if conflict_arms.ARMS[name].seed == 0}
+    groups_of["random"] = [name for name in found if name.startswith("random")]
     for first, second, what in (
+        ("focal", "random", "focal layers above random layers"),
+        ("focal", "first", "focal layers above the first layers, as many"),
+        ("focal", "last", "focal layers above the last layers, as many"),
+        ("focal", "patched", "focal layers by drift above as many by patching"),
+        ("focal", "all", "focal layers above all layers with a smaller rank"),
+        ("patched", "random", "layers by patching above random layers"),
+        ("focal", "focal, as published", "with the chosen answer's own loss and anchors above the loss as published"),
+        ("focal", "focal, no credit", "released credit above none"),
         ("focal, attention credit", "focal, no credit", "attention credit above none"),
         ("focal, as published", "focal, plain DPO", "the loss as published above plain DPO"),
     ):
-        if first in found and second in found:
-            difference = conflict_arms.against(found[first][0], [found[second][0]], own)
-            made.append(conflict_claims.beats(f"{what} (compliance under conflict)", difference, n))
+        ours, others = ([found[name][0] for name in groups_of.get(which, [])] for which in (first, second))
+        if ours and others:
+            of = (
+                f" (means of {len(ours)} and {len(others)} arms, taken as they are)"
+                if len(ours) + len(others) > 2
+                else ""
+            )
+            difference = conflict_arms.against(ours, others, own)
+            made.append(conflict_claims.beats(f"{what}{of} (compliance under conflict)", difference, n))
     return made
 
 

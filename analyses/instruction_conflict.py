@@ -41,6 +41,7 @@ from interp.conflict import (
     focal_layers,
     follow,
     follow_summary,
+    followed_families,
     followed_rules,
     head_scores,
     layer_scores,
@@ -169,9 +170,7 @@ def diagnose(job: Job, n_choose: int, n_floor: int, n_peer: int, n_judged: int) 
     model, out, claims, items = job.model, job.out, job.claims, job.items
     ask = {"template": job.template}
     choosing = make_pairs("localisation", n_choose, families=BUILT_IN)
-    chosen = followed_rules(follow(model, choosing, FLOOR, **ask, out=out / f"follow_localisation_{n_choose}"))
-    found = {str(name) for name in chosen.loc[chosen["followed"], "family"]}
-    followed = [name for name in BUILT_IN if name in found]
+    followed = followed_families(follow(model, choosing, FLOOR, **ask, out=out / f"follow_localisation_{n_choose}"))
     pairs = make_pairs("held-out", n_floor, families=BUILT_IN)
     answers = follow(model, pairs, FLOOR, **ask, out=out / f"follow_held_out_{n_floor}")
     table = followed_rules(answers)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from interp.cli_conflict_shared import (
-    FamilyOption,
     SettingOption,
     TasksOption,
     TemplateOption,
@@ -20,11 +19,18 @@ from interp.cli_conflict_shared import (
 from interp.cli_shared import DEFAULT_MODEL, DeviceOption, DtypeOption, JsonOption, ModelOption, SeedOption, load, show
 from interp.errors import InputError
 
+if TYPE_CHECKING:
+    from interp.conflict.pairs import Pair
+    from interp.model import Model
+    from interp.results import Result
+
 _N_ANCHORS = 300
 # Pairs that choose the layers, where no file and no --layer does.
 _N_LOCALISE, _N_PATCH = 96, 48
+# Pairs that say which families are followed, where no --family does.
+_N_FOLLOW = 96
 # What stands in --out beside the runs.
-_OWN = ("drift", "patch", "preferences", "validation", "measured", "before")
+_OWN = ("follow", "drift", "patch", "preferences", "validation", "measured", "before")
 
 
 def conflict_align(
@@ -94,7 +100,14 @@ def conflict_align(
     balance: Annotated[
         bool, typer.Option(help="Use as many pairs of a rule as of its opposite, and leave the rest out.")
     ] = True,
-    family: FamilyOption = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--family",
+            help="A family of rules (`interp conflict families`); again for more. Default: those that the model follows when the "
+            "user asks, measured on training tasks; a rule that it cannot follow is not learned.",
+        ),
+    ] = None,
     wording: WordingOption = None,
     setting: SettingOption = "user",
     tasks: TasksOption = None,
@@ -120,15 +133,15 @@ def conflict_align(
         focal_heads,
         focal_layers,
         follow,
-        follow_summary,
+        followed_families,
         localize,
         make_preferences,
+        obedience_change,
         restoring_layers,
     )
     from interp.conflict import patch as patch_layers
     from interp.conflict.aligning import check_settings
     from interp.conflict.anchors import ANCHOR_WEIGHT, encode_anchors
-    from interp.results import load_result
 
     if select not in (None, "drift", "patch", "all"):
         raise InputError(f"--select {select!r}; expected drift, patch or all")
@@ -153,22 +166,28 @@ def conflict_align(
         "learning_rate": learning_rate,
     }
     read, texts = read_template(template), read_anchors(anchors)
-    training = make(pairs, "training", family, wording, setting, tasks, seed)
-    checking = make(validation, "validation", family, wording, setting, tasks, seed) if validation else []
-    held_out = make(measure, "held-out", family, wording, setting, tasks, seed) if measure else []
+    parts = {"training": pairs, "validation": validation, "held-out": measure}
+
+    def chosen(names: list[str] | None) -> list[list[Pair]]:
+        return [make(n, part, names, wording, setting, tasks, seed) if n else [] for part, n in parts.items()]
+
+    training, checking, held_out = chosen(family)
     loaded = load(model, device, dtype)
     # What is wrong with these is said before anything is measured.
     check_settings(loaded, layer or None, **settings)
     encode_anchors(loaded, texts)
-    measured = None
-    if drift is not None:
-        measured = load_result(drift)
-        if measured.provenance.fingerprint != loaded.fingerprint:
+    measured = None if drift is None else read_drift(drift, loaded)
+    if not family:
+        asked = make(_N_FOLLOW, "training", None, wording, setting, tasks, seed)
+        family = followed_families(follow(loaded, asked, ("none", "user"), template=read, out=out / "follow"))
+        if not family:
             raise InputError(
-                f"{drift} is of another model ({measured.provenance.model}); localize {loaded.name}, or leave --drift out and "
-                f"name layers with --layer"
+                f"{loaded.name} obeys no rule more often when the user asks for it than without it, so that there is nothing to "
+                f"teach; see `interp conflict follow`, or name families with --family"
             )
-    elif credit == "attention" or not (layer or select in ("patch", "all")):
+        print(f"families: {', '.join(family)}", file=sys.stderr)
+        training, checking, held_out = chosen(family)
+    if measured is None and (credit == "attention" or not (layer or select in ("patch", "all"))):
         where = make(_N_LOCALISE, "localisation", family, wording, setting, tasks, seed)
         measured = localize(loaded, where, template=read, out=out / "drift")
     if layer:
@@ -207,12 +226,27 @@ def conflict_align(
         return
     with adapted(loaded, adapter):
         after = follow(loaded, held_out, prompts, template=read, out=out / run / "after")
-    parts = [
-        follow_summary(result, ("family",)).assign(model=name)
-        for name, result in (("before", before), ("after", after))
-    ]
-    columns = ["family", "prompt", "model", "obeys_system", "low", "high", "obeys_user", "n"]
-    show(pd.concat(parts)[columns].sort_values(["prompt", "family"], kind="stable"), as_json)
+    table = pd.concat(
+        [obedience_change(before, after), obedience_change(before, after, ()).assign(family="all")], ignore_index=True
+    )
+    show(table.sort_values("prompt", kind="stable"), as_json)
+
+
+def read_drift(path: Path, model: Model) -> Result:
+    """What `interp conflict localize --out` wrote of this model.
+
+    Raises:
+        InputError: it is of another model.
+    """
+    from interp.results import load_result
+
+    measured = load_result(path)
+    if measured.provenance.fingerprint != model.fingerprint:
+        raise InputError(
+            f"{path} is of another model ({measured.provenance.model}); localize {model.name}, or leave --drift out and "
+            f"name layers with --layer"
+        )
+    return measured
 
 
 def read_anchors(spec: str) -> list[str]:

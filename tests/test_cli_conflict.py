@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conflict.chat_models import save_chat_model
-from conflict.scripted_answers import script
+from conflict.scripted_answers import answer, script
 from typer.testing import CliRunner
 
 from interp import load_result
@@ -120,9 +120,11 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     (tmp_path / "notes.txt").write_text("The sea is cold. It rains.")
     arguments += ["--anchors", f"mine={tmp_path / 'notes.txt'}"]
     rows = parsed(run(*arguments, "--out", tmp_path / "run", "--credit", "attention", "--json"))
-    assert {(row["model"], row["prompt"]) for row in rows} == {
-        (model, prompt) for model in ("before", "after") for prompt in ("agree", "conflict")
+    # The scripted model does what the user asks, whatever was trained.
+    assert {(row["family"], row["prompt"], row["change"], row["n"]) for row in rows} == {
+        (name, prompt, 0.0, 4) for name in ("list", "all") for prompt in ("agree", "conflict")
     }
+    assert {row["prompt"]: (row["before"], row["after"]) for row in rows}["conflict"] == (0.0, 0.0)
     assert (tmp_path / "run" / "run" / "adapter" / "adapter_model.safetensors").exists()
     followed = run(
         *(
@@ -189,6 +191,40 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     for spec, message in (("random", "made of a vocabulary's tokens"), ("poems", "there is no domain 'poems'")):
         with pytest.raises(InputError, match=message):
             run("conflict", "align", *SOME, "--model", folder, "--out", tmp_path / "no", "--anchors", spec)
+
+
+def test_align_trains_the_families_that_are_followed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        "conflict",
+        "align",
+        "--pairs",
+        4,
+        "--validation",
+        0,
+        "--measure",
+        2,
+        "--layer",
+        1,
+        "--anchors",
+        "none",
+    ]
+    arguments += ["--wording", "simple", "--credit", "none", "--model", folder, "--json"]
+    # It writes a list when it is asked to, and prose whatever else it is asked.
+    result = run(*arguments, "--out", tmp_path / "run")
+    assert "families: list\n" in result.stderr
+    assert {row["family"] for row in parsed(result)} == {"list", "all"}
+    assert set(load_result(tmp_path / "run" / "preferences").frame["family"]) == {"list"}
+    assert set(load_result(tmp_path / "run" / "follow").frame["part"]) == {"training"}
+
+    def prose(model: Any, encoded: Any, **_: Any) -> list[Any]:
+        return [answer(model, model.tokenizer("user")["input_ids"]) for _ in encoded]
+
+    monkeypatch.setattr("interp.conflict.answers.answer_ids", prose)
+    with pytest.raises(InputError, match=r"obeys no rule more often when the user asks .* name families with --family"):
+        run(*arguments, "--out", tmp_path / "deaf")
+    assert not (tmp_path / "deaf" / "preferences").exists()
 
 
 @pytest.mark.parametrize(

@@ -239,11 +239,28 @@ def test_a_comparison_with_several_arms_is_with_their_mean_pair_by_pair() -> Non
     first = result(answers("SUUU"), answers("SUUU", "agree"), answers("SSSS", family="json"), order=4)
     second = result(answers("UUSS"), answers("UUSS", "agree"), answers("SSSS", family="json"), order=5)
     # pairs: 1 − ½, 1 − 0, 1 − ½, 0 − ½; tasks ¾ and 0
-    assert conflict_arms.against(ours, [first, second], ["list"]) == pytest.approx((0.375, 0.0, 0.75))
-    assert conflict_arms.against(ours, [first, second], ["list"], "agree") == pytest.approx((-0.375, -0.5, -0.25))
-    assert conflict_arms.against(ours, [first], ["list"]) == conflict_arms.change(ours, first, ["list"])
+    assert conflict_arms.against([ours], [first, second], ["list"]) == pytest.approx((0.375, 0.0, 0.75))
+    assert conflict_arms.against([ours], [first, second], ["list"], "agree") == pytest.approx((-0.375, -0.5, -0.25))
+    assert conflict_arms.against([ours], [first], ["list"]) == conflict_arms.change(ours, first, ["list"])
+    assert conflict_arms.against([first, second], [ours], ["list"]) == pytest.approx((-0.375, -0.75, 0.0))
+    # The mean of ours is ½(SSSU + SUUU): 1, ½, ½, 0 beside ½, 0, ½, ½.
+    both = conflict_arms.against([ours, first], [first, second], ["list"])
+    assert both == pytest.approx((0.125, -0.25, 0.5))
     with pytest.raises(ValueError, match="different pairs"):
-        conflict_arms.against(ours, [first, result(answers("SUU"))], ["list"])
+        conflict_arms.against([ours], [first, result(answers("SUU"))], ["list"])
+
+
+def test_arms_under_two_seeds() -> None:
+    assert conflict_arms.ARMS["focal, seed 1"] == conflict_arms.ArmKind("focal", seed=1)
+    names = ["focal", "random 0", "random 0, seed 1", "focal, no credit", "focal, seed 1", "random 1"]
+    assert conflict_arms.alike(names, "focal") == ["focal", "focal, seed 1"]
+    assert conflict_arms.alike(names, "random 1") == ["random 1"]
+    first, second = result(answers("SUUU"), order=7), result(answers("SSSU"), order=8)
+    table = conflict_arms.seeds(
+        {"random 1": (first, None), "focal": (first, None), "focal, seed 1": (second, None)}, ["list"]
+    )
+    assert table.to_numpy().tolist() == [["focal", 1, 0.5, 0.5, 0.5]]
+    assert conflict_arms.seeds({"focal, seed 1": (second, None), "random 1": (first, None)}, ["list"]).empty
 
 
 def test_each_rule_is_counted_by_itself() -> None:

@@ -187,6 +187,11 @@ def test_arms_beside_what_localisation_says_of_their_layers() -> None:
     assert list(told.index) == ["last", "focal"]  # those that differ in their layers alone
     assert told.loc["focal", ["change", "drift", "patching"]].tolist() == [0.2, 3.0, 0.25]
     assert told.loc["last", ["change", "drift", "patching"]].tolist() == [0.4, 2.0, -1.0]
+    # Another seed of the same layers is no arm of its own.
+    again = pd.DataFrame({"arm": ["focal, seed 1"], "layers": ["b"], "change": [0.6]})
+    about["focal, seed 1"] = about["focal"]
+    told = conflict_arms.foretold(pd.concat([table, again]), about, by_layer).set_index("layers")
+    assert told["change"].to_dict() == pytest.approx({"b": 0.4, "c": 0.4})
 
 
 def test_neurons_that_stay_by_construction_claim_nothing() -> None:
@@ -222,7 +227,7 @@ def test_changes_are_paired_and_the_perplexity_is_a_ratio() -> None:
     # The same share on other pairs is a change of none on the mean and of much in the pairs.
     low, high = conflict_arms.change(answers(~HALF), base, ["list"])[1:]
     assert low < -0.2 < 0.2 < high
-    assert conflict_arms.against(after, [base, base], ["list"])[0] == pytest.approx(0.25)
+    assert conflict_arms.against([after], [base, base], ["list"])[0] == pytest.approx(0.25)
     assert conflict_arms.perplexity_ratio(prose(2.1), prose(2.0)) == pytest.approx((np.exp(0.1),) * 3)
 
 

@@ -44,7 +44,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_all_stages(model: Any, tmp_path: Path) -> None:
     arms = ["focal", "focal, no credit", "focal, attention credit", "random 0", "patched", "all", "focal, as published"]
-    arms += ["focal, plain DPO", "first", "last"]
+    arms += ["focal, plain DPO", "first", "last", "focal, seed 1"]
     section = instruction_conflict.run(model, tmp_path, train=arms, **SMALL)
     names = [claim.claim for claim in section.claims]
     assert read_claims(tmp_path / "claims.json") == section.claims
@@ -61,7 +61,8 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
         "adapters on focal layers by drift: compliance",
         "SAIL by the published loss alone, on focal layers by drift: compliance",
         "patching: at least +30 points",
-        "above random layers",
+        "focal layers above random layers (means of 2 and 1 arms",
+        "layers by patching above random layers (compliance",
         "focal layers by drift above as many by patching",
         "released credit above none",
         "attention credit above none",
@@ -89,6 +90,10 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     table = next(item for item in section.items if isinstance(item, pd.DataFrame) and "same_top" in item)
     assert set(table["arm"]) == {"untrained", *arms}
     assert set(table["families"]) == {"trained", "never trained, not followed"}
+    by_seed = next(item for item in section.items if isinstance(item, pd.DataFrame) and "difference" in item)
+    shares = table[table["families"] == "trained"].set_index("arm")["conflict"]
+    assert by_seed[["arm", "seed"]].to_numpy().tolist() == [["focal", 1]]
+    assert by_seed["difference"].tolist() == pytest.approx([shares["focal, seed 1"] - shares["focal"]])
     untrained = table[table["arm"] == "untrained"]
     assert (untrained["perplexity"] == 1).all()
     assert (untrained["same_top"] == 1).all()

@@ -16,6 +16,8 @@ _NAMES = {
     "follow": "answers",
     "follow_summary": "follow_summaries",
     "followed_rules": "follow_summaries",
+    "followed_families": "follow_summaries",
+    "obedience_change": "follow_summaries",
     "generate_answers": "answers",
     "cras": "adherence",
     "queries_from_follow": "adherence",

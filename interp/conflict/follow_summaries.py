@@ -85,6 +85,64 @@ def share_interval(
     return float(ends.low), float(ends.high)
 
 
+def obedience_change(
+    before: Result, after: Result, by: Sequence[str] = ("family",), *, n_resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """How many more answers obey the system's rule after something was done to a model, pair by pair.
+
+    Args:
+        before, after: what `follow` gave for the same pairs.
+        by: columns to group by, beside the prompt.
+        n_resamples, seed: of the bootstrap over tasks.
+
+    Returns:
+        The columns of `by`, prompt, before, after (shares of answers that pass the verifier of the system's rule), change, low,
+        high (after − before, with an interval over tasks), n (pairs); prompts that both were asked.
+
+    Raises:
+        InputError: another kind of result, no such column, or other pairs.
+
+    Example:
+        >>> with adapted(model, "aligned/run/adapter"):                                    # doctest: +SKIP
+        ...     after = follow(model, pairs)                                               # doctest: +SKIP
+        >>> obedience_change(before, after)                                                # doctest: +SKIP
+    """
+    frames = [follow_frame(result, by) for result in (before, after)]
+    prompts = [name for name in PROMPTS if all((frame["prompt"] == name).any() for frame in frames)]
+    first, last = (frame[frame["prompt"].isin(prompts)].set_index(["pair", "prompt"]) for frame in frames)
+    if not prompts or set(first.index) != set(last.index):
+        raise InputError("before and after are answers to other pairs or prompts; ask `follow` for the same ones")
+    first = first.loc[last.index]
+    table = last.reset_index().assign(before=first["obeys_system"].to_numpy())
+    rows = []
+    for key, group in table.groupby([*by], observed=True, sort=False) if by else [((), table)]:
+        for name in prompts:
+            some = group[group["prompt"] == name]
+            if some.empty:
+                continue
+            change = (some["obeys_system"] - some["before"]).to_numpy()
+            low, high = bootstrap_mean_clustered(change, some["task"].to_numpy(), n_resamples=n_resamples, seed=seed)
+            row = dict(zip(by, key, strict=True)) | {"prompt": name, "before": some["before"].mean()}
+            row |= {"after": some["obeys_system"].mean(), "change": change.mean()}
+            rows.append(row | {"low": float(low), "high": float(high), "n": len(some)})
+    return pd.DataFrame(rows)
+
+
+def followed_families(result: Result, *, seed: int = 0) -> list[str]:
+    """Families with a rule that the model obeys more often when the user asks for it than without any rule.
+
+    Args:
+        result: what `follow` gave with the prompts "none" and "user"; see `followed_rules` for the rules one by one.
+        seed: of the bootstrap over tasks.
+
+    Raises:
+        InputError: another kind of result, or prompts that were not asked.
+    """
+    table = _asked(result, {"none", "user"}, seed)
+    found = table.loc[(table["prompt"] == "user") & (table["above_low"] > 0), "family"].astype(str)
+    return list(dict.fromkeys(found))
+
+
 def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
     """Per rule: does the model follow it at all, where, and who wins under conflict.
 
@@ -104,10 +162,7 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
     Raises:
         InputError: another kind of result, or prompts that were not asked.
     """
-    table = follow_summary(result, ("family", "system_rule"), seed=seed)
-    lost = {"none", "system", "user", "conflict"} - set(table["prompt"])
-    if lost:
-        raise InputError(f"the prompts {', '.join(sorted(lost))} were not asked; give them to `follow`")
+    table = _asked(result, {"none", "system", "user", "conflict"}, seed)
     rows = []
     for (name, rule), group in table.groupby(["family", "system_rule"], observed=True, sort=False):
         by_prompt = group.set_index("prompt")
@@ -117,3 +172,12 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
         row |= {"other_wins": by_prompt["obeys_user"]["conflict"], "undecided": by_prompt["undecided"]["conflict"]}
         rows.append(row | {"loops": by_prompt["loops"]["conflict"], "n": by_prompt["n"]["conflict"]})
     return pd.DataFrame(rows)
+
+
+def _asked(result: Result, prompts: set[str], seed: int) -> pd.DataFrame:
+    """Every rule's summary, where these prompts were asked."""
+    table = follow_summary(result, ("family", "system_rule"), seed=seed)
+    lost = prompts - set(table["prompt"])
+    if lost:
+        raise InputError(f"the prompts {', '.join(sorted(lost))} were not asked; give them to `follow`")
+    return table

@@ -14,7 +14,13 @@ from chat_models import chat_tiny
 from interp.conflict import answers as answers_module
 from interp.conflict.answers import FOLLOW_COLUMNS, follow, generate_answers
 from interp.conflict.dialogues import encode_dialogue
-from interp.conflict.follow_summaries import follow_summary, followed_rules, share_interval
+from interp.conflict.follow_summaries import (
+    follow_summary,
+    followed_families,
+    followed_rules,
+    obedience_change,
+    share_interval,
+)
 from interp.conflict.pairs import ASKED, make_pairs
 from interp.errors import InputError
 from interp.model import Model
@@ -176,6 +182,56 @@ def test_the_interval_is_over_tasks() -> None:
     low, high = share_interval(pd.Series(np.zeros(20)), pd.Series([str(at) for at in range(20)]))
     assert low == pytest.approx(0, abs=1e-12)
     assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2), rel=1e-4)
+
+
+def test_changes_are_counted_pair_by_pair() -> None:
+    def answers(obeys: str, *, backwards: bool = False) -> Result:
+        # Two pairs of each task; "case" on the tasks a and b, "list" on c alone.
+        rows = [
+            (name, rule, task, "conflict", mark == "S", False)
+            for mark, (name, rule, task) in zip(
+                obeys,
+                [(name, rule, task) for name, task in (("case", "a"), ("case", "b"), ("list", "c")) for rule in "xy"],
+                strict=True,
+            )
+        ]
+        return frame(rows[::-1] if backwards else rows)
+
+    before, after = answers("..S..S"), answers("SS.S.S", backwards=True)
+    table = obedience_change(before, after).set_index("family")
+    assert table.loc["case", ["prompt", "before", "after", "change", "n"]].tolist() == ["conflict", 0.25, 0.75, 0.5, 4]
+    # Changes by task: 1 and 1 in a, −1 and 1 in b.
+    assert table.loc["case", ["low", "high"]].tolist() == [0.0, 1.0]
+    assert table.loc["list", ["before", "after", "change", "n"]].tolist() == [0.5, 0.5, 0, 2]
+    whole = obedience_change(before, after, ()).iloc[0]
+    assert whole[["before", "after", "change", "n"]].tolist() == pytest.approx([2 / 6, 4 / 6, 2 / 6, 6])
+    rules = obedience_change(before, after, ("system_rule",)).set_index("system_rule")
+    assert rules["change"].to_dict() == pytest.approx({"x": 0.0, "y": 2 / 3})
+    # What one of the two was not asked is left out, other pairs are refused.
+    more = frame([("case", "x", "a", "conflict", True, False), ("case", "x", "a", "agree", True, False)])
+    fewer = frame([("case", "x", "a", "conflict", False, True)])
+    assert obedience_change(fewer, more)[["prompt", "change"]].to_numpy().tolist() == [["conflict", 1.0]]
+    for other in (answers("S....."), frame([("case", "x", "a", "agree", True, False)])):
+        with pytest.raises(InputError, match="answers to other pairs or prompts"):
+            obedience_change(fewer, other)
+
+
+def test_families_that_are_followed() -> None:
+    tasks = [f"t{at}" for at in range(8)]
+    rows = [
+        (name, rule, task, prompt, obeys, False)
+        for task in tasks
+        for name, rule, asked, by_itself in (
+            ("case", "capitals", True, False),
+            ("case", "small", False, False),
+            ("list", "paragraph", True, True),
+            ("digits", "digits", task == "t0", False),
+        )
+        for prompt, obeys in (("none", by_itself), ("user", asked))
+    ]
+    assert followed_families(frame(rows)) == ["case"]
+    with pytest.raises(InputError, match="the prompts user were not asked"):
+        followed_families(frame([row for row in rows if row[3] == "none"]))
 
 
 def test_what_cannot_be_followed_is_refused(case_pairs: list[Any]) -> None:
