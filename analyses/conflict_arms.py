@@ -25,10 +25,9 @@ from interp.batching import Batch, for_each_batch, token_batches
 from interp.capture import forward
 from interp.conflict import adapted, align, follow
 from interp.conflict.adapters import read_adapter
-from interp.conflict.follow_summaries import follow_summary, obedience_change, share_interval
+from interp.conflict.follow_summaries import change_interval, follow_summary, obedience_change, share_interval
 from interp.conflict.layer_arms import LayerArm, arms
 from interp.conflict.pairs import Pair
-from interp.intervals import bootstrap_mean_clustered
 from interp.results import Column, Provenance, Result, load_result
 from interp.reuse import reuse_or_make
 
@@ -286,7 +285,7 @@ def by_rule(after: Result, before: Result) -> pd.DataFrame:
     table = obedience_change(before, after, rule).query("prompt == 'conflict'")
     shares = follow_summary(after, rule).query("prompt == 'conflict'").rename(columns={"obeys_user": "user_wins"})
     table = table.merge(shares[[*rule, "user_wins", "undecided", "loops"]], on=rule)
-    table = table.rename(columns={"system_rule": "rule"}).drop(columns="prompt")
+    table = table.rename(columns={"system_rule": "rule"}).drop(columns=["prompt", "n_tasks"])
     return table[[*(name for name in table if name != "n"), "n"]]
 
 
@@ -317,16 +316,14 @@ def foretold(table: pd.DataFrame, about: Mapping[str, Mapping[str, Any]], by_lay
     return found.sort_values("change", ascending=False, ignore_index=True)
 
 
-def alike(names: Sequence[str], like: str) -> list[str]:
-    """The arms among `names` that differ from one arm in their seed alone."""
-    return [name for name in names if replace(ARMS[name], seed=0) == ARMS[like]]
-
-
-def seeds(found: Mapping[str, tuple[Result, Result]], families: Sequence[str]) -> pd.DataFrame:
+def seeds(
+    found: Mapping[str, tuple[Result, Result]], about: Mapping[str, Mapping[str, Any]], families: Sequence[str]
+) -> pd.DataFrame:
     """How far an arm's answers under conflict depend on its seed.
 
     Args:
         found: {arm: (answers, prose)}.
+        about: {arm: what `trained` says}; an arm on other layers is not the same arm.
         families: whose answers.
 
     Returns:
@@ -336,11 +333,10 @@ def seeds(found: Mapping[str, tuple[Result, Result]], families: Sequence[str]) -
     rows = []
     for name in found:
         first = next((other for other in found if name != other and ARMS[other] == replace(ARMS[name], seed=0)), None)
-        if first is not None:
-            ends = against([found[name][0]], [found[first][0]], families)
-            rows.append(
-                {"arm": first, "seed": ARMS[name].seed} | dict(zip(("difference", "low", "high"), ends, strict=True))
-            )
+        if first is not None and about[name]["layers"] == about[first]["layers"]:
+            ends = against(found[name][0], [found[first][0]], families)
+            row = {"arm": first, "seed": ARMS[name].seed}
+            rows.append(row | dict(zip(("difference", "low", "high"), ends, strict=True)))
     return pd.DataFrame(rows)
 
 
@@ -353,29 +349,27 @@ def change(
     after: Result, before: Result, families: Sequence[str], prompt: str = "conflict"
 ) -> tuple[float, float, float]:
     """How many more answers obey the system's rule than before, pair by pair: mean, low, high over tasks."""
-    return against([after], [before], families, prompt)
+    return against(after, [before], families, prompt)
 
 
 def against(
-    ours: Sequence[Result], others: Sequence[Result], families: Sequence[str], prompt: str = "conflict"
+    ours: Result, others: Sequence[Result], families: Sequence[str], prompt: str = "conflict"
 ) -> tuple[float, float, float]:
-    """How many more answers obey in the mean of some arms than of others, pair by pair: mean, low, high over tasks.
+    """How many more answers obey than in the mean of other arms, pair by pair: mean, low, high over tasks.
 
-    The arms are taken as they are: other seeds, or other random layers, would give other arms.
+    The arms are taken as they are: another seed, or other random layers, would give other arms.
     """
-    every = [
+    first, *rest = [
         frame[frame["prompt"] == prompt].set_index("pair")
-        for frame in (of_families(result, families) for result in (*ours, *others))
+        for frame in (of_families(result, families) for result in (ours, *others))
     ]
-    order = every[0].index
-    if any(set(frame.index) != set(order) for frame in every):
+    if any(set(frame.index) != set(first.index) for frame in rest):
         raise ValueError("the arms were measured on different pairs")
-    if order.empty:
+    if first.empty:
         return math.nan, math.nan, math.nan
-    obeys = np.array([frame["obeys_system"].reindex(order).to_numpy(float) for frame in every])
-    difference = obeys[: len(ours)].mean(0) - obeys[len(ours) :].mean(0)
-    low, high = bootstrap_mean_clustered(difference, every[0]["task"].to_numpy())
-    return float(difference.mean()), float(low), float(high)
+    mean = np.mean([frame["obeys_system"].reindex(first.index).to_numpy(float) for frame in rest], axis=0)
+    difference = first["obeys_system"].astype(float) - mean
+    return float(difference.mean()), *change_interval(difference, first["task"])
 
 
 def perplexity_ratio(after: Result, before: Result, seed: int = 0) -> tuple[float, float, float]:

@@ -1,7 +1,8 @@
 """The third stage of `analyses.instruction_conflict`: adapters on the focal layers and on others, and what they are worth.
 
 Trained are the families that the model follows at all, by a measurement on other tasks; the others, and two that never count
-among them, show whether a hierarchy was learned or three rules. Results stay in `arms/`; without training they are read there.
+among them, show whether a hierarchy was learned or those rules alone. Results stay in `arms/`; without training they are
+read there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,13 @@ def align_arms(
     ]
     claims += arm_claims(table, found, groups)
     if "trained" in groups:
-        by_seed = conflict_arms.seeds(found, groups["trained"])
+        by_seed = conflict_arms.seeds(found, about, groups["trained"])
         if len(by_seed):
             items.append(titled(by_seed, "The same arms under another seed: difference of compliance under conflict"))
         told = conflict_arms.foretold(table[table["families"] == "trained"], about, located.by_layer)
         items.append(titled(told, "What localisation says of the arms' layers, and what they gained"))
         claims += [conflict_claims.foretells(told, how) for how in ("drift", "patching") if len(told) > 4]
+    plain = None
     for name in CLAIMED:
         if name not in found:
             continue
@@ -180,7 +182,8 @@ def align_arms(
         what = CLAIMED[name][0].upper() + CLAIMED[name][1:]
         items.append(titled(by_rule, f"{what}: each rule under conflict, before and after"))
         adapter = place / conflict_arms.folder_name(name) / "adapter"
-        claims += after_claims(model, adapter, (base[0], found[name][0]), taught, table, name)
+        plain = neurons.decode(model) if plain is None else plain
+        claims += after_claims(model, adapter, (base[0], found[name][0]), taught, table, name, plain)
         with adapted(model, adapter):
             after = localize(
                 model,
@@ -242,8 +245,7 @@ def arm_claims(
         made += [conflict_claims.reaches(row, where), conflict_claims.keeps(row, where)]
         made += [conflict_claims.generalises(rows.loc[name], where, name) for name in NEVER_TRAINED if name in groups]
     n = int(table.loc[table["families"] == "trained", "n"].iloc[0])
-    groups_of = {name: conflict_arms.alike(list(found), name) for name in found if conflict_arms.ARMS[name].seed == 0}
-    groups_of["random"] = [name for name in found if name.startswith("random")]
+    kinds = conflict_arms.ARMS
     for first, second, what in (
         ("focal", "random", "focal layers above random layers"),
         ("focal", "first", "focal layers above the first layers, as many"),
@@ -256,20 +258,36 @@ def arm_claims(
         ("focal, attention credit", "focal, no credit", "attention credit above none"),
         ("focal, as published", "focal, plain DPO", "the loss as published above plain DPO"),
     ):
-        ours, others = ([found[name][0] for name in groups_of.get(which, [])] for which in (first, second))
-        if ours and others:
-            of = (
-                f" (means of {len(ours)} and {len(others)} arms, taken as they are)"
-                if len(ours) + len(others) > 2
-                else ""
+        # Arms of one seed are compared with each other; the interval is over tasks, for these very adapters.
+        for seed in sorted({kinds[name].seed for name in found}):
+            ours, others = (
+                [name for name in found if kinds[name].seed == seed and like(name, which)] for which in (first, second)
             )
-            difference = conflict_arms.against(ours, others, own)
-            made.append(conflict_claims.beats(f"{what}{of} (compliance under conflict)", difference, n))
+            if ours and others:
+                drawn = f" (mean of {len(others)} draws)" if len(others) > 1 else ""
+                again = f", seed {seed}" if seed else ""
+                difference = conflict_arms.against(found[ours[0]][0], [found[name][0] for name in others], own)
+                name = f"{what}{drawn}{again} (compliance under conflict)"
+                made.append(conflict_claims.beats(name, difference, n))
     return made
 
 
+def like(name: str, which: str) -> bool:
+    """Whether an arm is another one, whatever its seed, or on layers drawn at random."""
+    kinds = conflict_arms.ARMS
+    if which == "random":
+        return kinds[name].layers.startswith("random")
+    return replace(kinds[name], seed=kinds[which].seed) == kinds[which]
+
+
 def after_claims(
-    model: Any, adapter: Path, answers: tuple[Result, Result], taught: Sequence[str], table: pd.DataFrame, arm: str
+    model: Any,
+    adapter: Path,
+    answers: tuple[Result, Result],
+    taught: Sequence[str],
+    table: pd.DataFrame,
+    arm: str,
+    plain: Result,
 ) -> list[Claim]:
     """CRAS, of the families that were trained, and the neurons before and after an arm."""
     ids = set(answers[0].frame["pair"])
@@ -282,7 +300,6 @@ def after_claims(
         scored = cras(RuleJudge(), queries, out=adapter.parent / f"cras_{name}", progress=False)
         graded.append(cras_by_answer(scored)[0].set_index("query")[list(DIMENSIONS)])
     tasks = pd.Series({f"{pair.id}/conflict": pair.task.id for pair in pairs}).reindex(graded[0].index)
-    plain = neurons.decode(model)
     with adapted(model, adapter):
         trained = neurons.decode(model)
     same = neurons.compare(plain, trained).frame.query("layer == -1").iloc[0]

@@ -227,7 +227,7 @@ def locate(job: Job, n_localise: int, n_patch: int, n_head_patch: int, n_ablate:
     beyond = localize(model, pairs, control="other", **ask, out=out / f"drift_other_{n_localise}")
     heads, layers, heads_beyond = head_scores(drift), layer_scores(drift), head_scores(beyond)
     thirds_of = middle_layers(drift)
-    thirds_published = middle_layers(published, score="score")
+    thirds_published = middle_layers(published, score="score_pooled")
     claims += [
         conflict_claims.drifts(heads),
         conflict_claims.drifts(heads_beyond, "another demand, which can be obeyed as well,"),

@@ -169,7 +169,10 @@ def conflict_align(
     parts = {"training": pairs, "validation": validation, "held-out": measure}
 
     def chosen(names: list[str] | None) -> list[list[Pair]]:
-        return [make(n, part, names, wording, setting, tasks, seed) if n else [] for part, n in parts.items()]
+        return [
+            make(n, part, names, wording, setting, tasks, seed) if n or part == "training" else []
+            for part, n in parts.items()
+        ]
 
     training, checking, held_out = chosen(family)
     loaded = load(model, device, dtype)
@@ -236,11 +239,13 @@ def read_drift(path: Path, model: Model) -> Result:
     """What `interp conflict localize --out` wrote of this model.
 
     Raises:
-        InputError: it is of another model.
+        InputError: it is of another model, or something else.
     """
+    from interp.conflict.focal import drifts
     from interp.results import load_result
 
     measured = load_result(path)
+    drifts(measured)
     if measured.provenance.fingerprint != model.fingerprint:
         raise InputError(
             f"{path} is of another model ({measured.provenance.model}); localize {model.name}, or leave --drift out and "

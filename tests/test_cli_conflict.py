@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from interp import load_result
 from interp.cli import app
+from interp.conflict import adapters, answers
 from interp.errors import InputError, InterpError
 
 
@@ -211,17 +213,47 @@ def test_align_trains_the_families_that_are_followed(
         "none",
     ]
     arguments += ["--wording", "simple", "--credit", "none", "--model", folder, "--json"]
-    # It writes a list when it is asked to, and prose whatever else it is asked.
+    said, put_on = answers.answer_ids, adapters.adapted
+    on: list[Path] = []
+
+    @contextmanager
+    def noted(model: Any, adapter: Path) -> Any:
+        with put_on(model, adapter):
+            on.append(adapter)
+            yield
+            on.clear()
+
+    monkeypatch.setattr(adapters, "adapted", noted)
+
+    def heeds(model: Any, encoded: Any, **rest: Any) -> list[Any]:
+        """With an adapter it obeys the system instead."""
+        if not on:
+            return said(model, encoded, **rest)
+        asked = [model.decode(ids, skip_special_tokens=False).lower() for ids in encoded]
+        asked = [text[: text.index("user")].replace("system", "user") for text in asked]
+        return [answer(model, model.tokenizer(text)["input_ids"]) for text in asked]
+
+    monkeypatch.setattr(answers, "answer_ids", heeds)
+    # By itself it writes a list when the user asks for one, and prose whatever else is asked.
     result = run(*arguments, "--out", tmp_path / "run")
     assert "families: list\n" in result.stderr
-    assert {row["family"] for row in parsed(result)} == {"list", "all"}
+    rows = {(row["family"], row["prompt"]): (row["before"], row["after"], row["change"]) for row in parsed(result)}
+    assert rows[("list", "conflict")] == rows[("all", "conflict")] == (0.0, 1.0, 1.0)
+    assert rows[("list", "agree")] == rows[("all", "agree")] == (1.0, 1.0, 0.0)
     assert set(load_result(tmp_path / "run" / "preferences").frame["family"]) == {"list"}
     assert set(load_result(tmp_path / "run" / "follow").frame["part"]) == {"training"}
+
+    # The layers are chosen on the same families.
+    at = arguments.index("--layer")
+    arguments[at : at + 2] = []
+    arguments[arguments.index("--measure") + 1] = 0
+    assert "families: list\n" in run(*arguments, "--out", tmp_path / "drifts").stderr
+    assert set(load_result(tmp_path / "drifts" / "drift").frame["family"]) == {"list"}
 
     def prose(model: Any, encoded: Any, **_: Any) -> list[Any]:
         return [answer(model, model.tokenizer("user")["input_ids"]) for _ in encoded]
 
-    monkeypatch.setattr("interp.conflict.answers.answer_ids", prose)
+    monkeypatch.setattr(answers, "answer_ids", prose)
     with pytest.raises(InputError, match=r"obeys no rule more often when the user asks .* name families with --family"):
         run(*arguments, "--out", tmp_path / "deaf")
     assert not (tmp_path / "deaf" / "preferences").exists()
@@ -257,6 +289,7 @@ def test_align_trains_the_families_that_are_followed(
         (["align", "--out", "x", "--credit", "boss"], "boss"),
         (["align", "--out", "x", "--layer", "99"], "99"),
         (["align", "--out", "x", "--rank", "0"], "rank=0"),
+        (["align", "--out", "x", "--pairs", "0"], "n=0; expected at least 1 pair"),
         (["align", "--out", "x", "--batch-size", "0"], "batch_size=0"),
     ],
 )

@@ -16,7 +16,7 @@ from conflict.chat_models import chat_tiny
 from conflict.scripted_answers import script
 from torch.nn.functional import cross_entropy
 
-from analyses import conflict_arms
+from analyses import conflict_arms, conflict_training
 from interp.batching import token_batches
 from interp.conflict import make_pairs
 from interp.conflict.adapters import save_adapter
@@ -199,6 +199,9 @@ def test_the_interval_of_the_perplexity_ratio_is_that_of_every_resample() -> Non
 
 # Answers
 
+# Share of further tasks that might do otherwise where two do alike: Wilson's z² / (n + z²).
+OTHER = 1.959964**2 / (2 + 1.959964**2)
+
 
 def answers(obeys: str, prompt: str = "conflict", family: str = "list", rule: str = "list") -> pd.DataFrame:
     """One pair per letter, two pairs per task: S obeys the system, U the user, L neither and in a loop, ? is undecided."""
@@ -225,8 +228,9 @@ def result(*frames: pd.DataFrame, order: int | None = None) -> Result:
 def test_a_change_is_of_one_prompt_and_some_families_in_any_order() -> None:
     before = result(answers("SUUU"), answers("SSSS", "agree"), answers("SSUU", family="json"), order=1)
     after = result(answers("SSSU"), answers("SSUS", "agree"), answers("UUUU", family="json"), order=2)
-    # t0: one of two more; t1: one of two more; both ends are the tasks' means, since each alone is a quarter of the resamples
-    assert conflict_arms.change(after, before, ["list"]) == pytest.approx((0.5, 0.5, 0.5))
+    # t0: one of two more; t1: one of two more; two tasks that change alike do not make it certain.
+    assert conflict_arms.change(after, before, ["list"]) == pytest.approx((0.5, 0.5 - 1.5 * OTHER, 0.5 + 0.5 * OTHER))
+    # Both ends are the tasks' means, since each alone is a quarter of the resamples.
     assert conflict_arms.change(after, before, ["list"], "agree") == pytest.approx((-0.25, -0.5, 0.0))
     assert conflict_arms.change(after, before, ["json"]) == pytest.approx((-0.5, -1.0, 0.0))
     assert conflict_arms.change(after, before, ["list", "json"]) == pytest.approx((0.0, -0.25, 0.25))
@@ -239,28 +243,40 @@ def test_a_comparison_with_several_arms_is_with_their_mean_pair_by_pair() -> Non
     first = result(answers("SUUU"), answers("SUUU", "agree"), answers("SSSS", family="json"), order=4)
     second = result(answers("UUSS"), answers("UUSS", "agree"), answers("SSSS", family="json"), order=5)
     # pairs: 1 − ½, 1 − 0, 1 − ½, 0 − ½; tasks ¾ and 0
-    assert conflict_arms.against([ours], [first, second], ["list"]) == pytest.approx((0.375, 0.0, 0.75))
-    assert conflict_arms.against([ours], [first, second], ["list"], "agree") == pytest.approx((-0.375, -0.5, -0.25))
-    assert conflict_arms.against([ours], [first], ["list"]) == conflict_arms.change(ours, first, ["list"])
-    assert conflict_arms.against([first, second], [ours], ["list"]) == pytest.approx((-0.375, -0.75, 0.0))
-    # The mean of ours is ½(SSSU + SUUU): 1, ½, ½, 0 beside ½, 0, ½, ½.
-    both = conflict_arms.against([ours, first], [first, second], ["list"])
-    assert both == pytest.approx((0.125, -0.25, 0.5))
+    assert conflict_arms.against(ours, [first, second], ["list"]) == pytest.approx((0.375, 0.0, 0.75))
+    assert conflict_arms.against(ours, [first, second], ["list"], "agree") == pytest.approx((-0.375, -0.5, -0.25))
+    assert conflict_arms.against(ours, [first], ["list"]) == conflict_arms.change(ours, first, ["list"])
     with pytest.raises(ValueError, match="different pairs"):
-        conflict_arms.against([ours], [first, result(answers("SUU"))], ["list"])
+        conflict_arms.against(ours, [first, result(answers("SUU"))], ["list"])
 
 
 def test_arms_under_two_seeds() -> None:
     assert conflict_arms.ARMS["focal, seed 1"] == conflict_arms.ArmKind("focal", seed=1)
-    names = ["focal", "random 0", "random 0, seed 1", "focal, no credit", "focal, seed 1", "random 1"]
-    assert conflict_arms.alike(names, "focal") == ["focal", "focal, seed 1"]
-    assert conflict_arms.alike(names, "random 1") == ["random 1"]
     first, second = result(answers("SUUU"), order=7), result(answers("SSSU"), order=8)
-    table = conflict_arms.seeds(
-        {"random 1": (first, None), "focal": (first, None), "focal, seed 1": (second, None)}, ["list"]
-    )
-    assert table.to_numpy().tolist() == [["focal", 1, 0.5, 0.5, 0.5]]
-    assert conflict_arms.seeds({"focal, seed 1": (second, None), "random 1": (first, None)}, ["list"]).empty
+    found = {
+        name: (answered, None) for name, answered in (("random 1", first), ("focal", first), ("focal, seed 1", second))
+    }
+    about = {"focal": {"layers": [1, 2]}, "focal, seed 1": {"layers": [1, 2]}}
+    table = conflict_arms.seeds(found, about, ["list"])
+    assert table[["arm", "seed", "difference"]].to_numpy().tolist() == [["focal", 1, 0.5]]
+    # Other layers are another arm; without seed 0 there is nothing to compare with.
+    assert conflict_arms.seeds(found, about | {"focal": {"layers": [1, 3]}}, ["list"]).empty
+    assert conflict_arms.seeds({"focal, seed 1": (second, None), "random 1": (first, None)}, about, ["list"]).empty
+
+
+def test_arms_of_one_seed_are_compared() -> None:
+    names = ("focal", "random 0", "random 1", "all", "focal, seed 1", "random 0, seed 1")
+    obeys = ("SSUU", "SUUU", "UUUU", "SSSS", "UUUU", "SSUU")
+    found = {name: (result(answers(marks)), prose({10: 2.0})) for name, marks in zip(names, obeys, strict=True)}
+    groups = {"trained": ["list"]}
+    table = conflict_arms.table(found, (result(answers("UUUU")), prose({10: 2.0})), groups, {})
+    claims = conflict_training.arm_claims(table, found, groups)
+    told = {claim.claim: claim.ours for claim in claims if "above" in claim.claim}
+    assert told == {
+        "focal layers above random layers (mean of 2 draws) (compliance under conflict)": "+0.38 (interval)",
+        "focal layers above random layers, seed 1 (compliance under conflict)": "-0.50 (interval)",
+        "focal layers above all layers with a smaller rank (compliance under conflict)": "-0.50 (interval)",
+    }
 
 
 def test_each_rule_is_counted_by_itself() -> None:

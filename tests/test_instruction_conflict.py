@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
         "adapters on focal layers by drift: compliance",
         "SAIL by the published loss alone, on focal layers by drift: compliance",
         "patching: at least +30 points",
-        "focal layers above random layers (means of 2 and 1 arms",
+        "focal layers above random layers (compliance",
         "layers by patching above random layers (compliance",
         "focal layers by drift above as many by patching",
         "released credit above none",
@@ -94,6 +95,14 @@ def test_all_stages(model: Any, tmp_path: Path) -> None:
     shares = table[table["families"] == "trained"].set_index("arm")["conflict"]
     assert by_seed[["arm", "seed"]].to_numpy().tolist() == [["focal", 1]]
     assert by_seed["difference"].tolist() == pytest.approx([shares["focal, seed 1"] - shares["focal"]])
+    place = tmp_path / model.fingerprint / "arms"
+    names = ("focal", "focal-seed-1", "focal-as-published", "focal-plain-DPO")
+    one, again, bare, plain = (json.loads((place / name / "run.json").read_text()) for name in names)
+    assert one["seed"] == bare["seed"] == 0
+    assert one | {"seed": 1} == again
+    assert [record["likelihood"] for record in (one, bare, plain)] == [0.2, 0.0, 0.0]
+    assert [record["credit"] for record in (one, bare, plain)] == ["reward", "reward", "none"]
+    assert [record["anchors"] == one["anchors"] for record in (bare, plain)] == [False, False]
     untrained = table[table["arm"] == "untrained"]
     assert (untrained["perplexity"] == 1).all()
     assert (untrained["same_top"] == 1).all()

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.conflict.drift import combine, ranges
+from interp.conflict.drift import MEASURES, combine, direction, ranges
 from interp.conflict.focal import Drifts, check_choice, check_rule, choose_layers, drifts, top_heads
 from interp.errors import InputError
 from interp.results import Result
 
-_SCORES = ("excess", "score")
 _THIRDS = ("first", "middle", "last")
 _BLOCK = 20_000_000  # numbers in one block of resampled means
 
@@ -40,7 +39,7 @@ def stability(
     Args:
         result: what `localize` gave, of at least two tasks.
         n_splits: random halves of the tasks.
-        score: "excess" or "score".
+        score: "excess", "score", or "score_pooled".
         share: of heads that are focal.
         rule: of focal layers, "half" or "sigma".
         seed: of the splits.
@@ -57,7 +56,7 @@ def stability(
     from scipy.stats import spearmanr
 
     found = drifts(result)
-    check_choice(score, share, _SCORES)
+    check_choice(score, share)
     check_rule(rule)
     names, task = np.unique(found.tasks, return_inverse=True)
     if len(names) < 2 or n_splits < 1:
@@ -99,7 +98,7 @@ def middle_layers(
 
     Args:
         result: what `localize` gave.
-        score: "excess" or "score".
+        score: "excess", "score", or "score_pooled".
         share: of heads that are focal.
         n_resamples, level, seed: of the bootstrap over tasks, where each resample chooses its own heads.
 
@@ -114,7 +113,7 @@ def middle_layers(
     from scipy.stats import hypergeom
 
     found = drifts(result)
-    check_choice(score, share, _SCORES)
+    check_choice(score, share)
     n_layers, n_heads = found.values.shape[2:4]
     third = np.arange(n_layers) * 3 // n_layers
     names, task = np.unique(found.tasks, return_inverse=True)
@@ -160,8 +159,21 @@ def _scores(found: Drifts, weights: np.ndarray, score: str) -> Iterator[np.ndarr
     """(layer, head) scores of weighted pairs, each set of weights on the scale of its own conflict contrast."""
     flat = found.values.reshape(len(found.values), -1)
     step = max(1, _BLOCK // flat.shape[1])
+    at, (first, second) = MEASURES.index("dir"), found.norms
+    # What the pooled direction is made of: products of the two prompts' rows, and their squares.
+    shape = first.shape[1:]
+    products = (1 - found.values[:, 0, ..., at]) * first * second
+    pooled = [values.reshape(len(values), -1) for values in (products, first**2, second**2)]
     for start in range(0, len(weights), step):
-        means = (weights[start : start + step] @ flat).reshape(-1, *found.values.shape[1:])
+        some = weights[start : start + step]
+        means = (some @ flat).reshape(-1, *found.values.shape[1:])
+        if score == "score_pooled":
+            means[:, 0, ..., at] = direction(
+                *(
+                    (some @ values).reshape(-1, *shape) ** power
+                    for values, power in zip(pooled, (1, 0.5, 0.5), strict=True)
+                )
+            )
         low, width = ranges(means[:, 0])
         scored = combine(means, low[:, None], width[:, None])  # (set, contrast, layer, head)
         yield from scored[:, 0] - scored[:, 1] if score == "excess" else scored[:, 0]

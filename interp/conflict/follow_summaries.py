@@ -13,6 +13,7 @@ import pandas as pd
 
 from interp.conflict.answers import follow_frame
 from interp.conflict.pairs import PROMPTS
+from interp.conflict.verifiers import family_names
 from interp.errors import InputError
 from interp.intervals import bootstrap_mean_clustered
 from interp.results import Result
@@ -54,7 +55,8 @@ def follow_summary(
             row |= {"n": len(some), "n_tasks": some["task"].nunique(), "above_none": np.nan}
             row |= {"above_low": np.nan, "above_high": np.nan}
             if len(none):
-                above = some.set_index("pair")["obeys_system"] - none.set_index("pair")["obeys_system"]
+                above = some.set_index("pair")["obeys_system"]
+                above = above - none.set_index("pair")["obeys_system"].reindex(above.index)
                 task = some.set_index("pair")["task"].to_numpy()
                 ends = bootstrap_mean_clustered(above.to_numpy(), task, n_resamples=n_resamples, seed=seed)
                 row |= {"above_none": above.mean(), "above_low": float(ends[0]), "above_high": float(ends[1])}
@@ -85,6 +87,30 @@ def share_interval(
     return float(ends.low), float(ends.high)
 
 
+def change_interval(
+    changes: pd.Series, tasks: pd.Series, *, n_resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of a mean change from pair to pair: bootstrap over tasks; where all tasks agree, by Wilson's interval.
+
+    Where n tasks change by the same c, up to w = z² / (n + z²) of further ones might not, by any amount from −1 to 1: the ends
+    are c − w (1 + c) and c + w (1 − c).
+
+    Args:
+        changes: of each pair, from −1 to 1.
+        tasks: the pairs' tasks.
+        n_resamples, level, seed: of the bootstrap.
+
+    Returns:
+        (low, high); missing for a single task.
+    """
+    low, high = bootstrap_mean_clustered(changes.to_numpy(float), tasks.to_numpy(), n_resamples, level, seed)
+    if low < high or np.isnan(low):
+        return float(low), float(high)
+    other = share_interval(pd.Series(np.zeros(len(tasks))), tasks.reset_index(drop=True), level=level)[1]
+    mean = float(changes.mean())
+    return mean - other * (1 + mean), mean + other * (1 - mean)
+
+
 def obedience_change(
     before: Result, after: Result, by: Sequence[str] = ("family",), *, n_resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
@@ -97,7 +123,7 @@ def obedience_change(
 
     Returns:
         The columns of `by`, prompt, before, after (shares of answers that pass the verifier of the system's rule), change, low,
-        high (after − before, with an interval over tasks), n (pairs); prompts that both were asked.
+        high (after − before, with an interval over tasks), n (pairs), n_tasks; prompts that both were asked.
 
     Raises:
         InputError: another kind of result, no such column, or other pairs.
@@ -120,16 +146,16 @@ def obedience_change(
             some = group[group["prompt"] == name]
             if some.empty:
                 continue
-            change = (some["obeys_system"] - some["before"]).to_numpy()
-            low, high = bootstrap_mean_clustered(change, some["task"].to_numpy(), n_resamples=n_resamples, seed=seed)
+            change = some["obeys_system"] - some["before"]
+            low, high = change_interval(change, some["task"], n_resamples=n_resamples, seed=seed)
             row = dict(zip(by, key, strict=True)) | {"prompt": name, "before": some["before"].mean()}
             row |= {"after": some["obeys_system"].mean(), "change": change.mean()}
-            rows.append(row | {"low": float(low), "high": float(high), "n": len(some)})
+            rows.append(row | {"low": low, "high": high, "n": len(some), "n_tasks": some["task"].nunique()})
     return pd.DataFrame(rows)
 
 
 def followed_families(result: Result, *, seed: int = 0) -> list[str]:
-    """Families with a rule that the model obeys more often when the user asks for it than without any rule.
+    """Families, in the order of `family_names`, with a rule that is obeyed more often when the user asks for it than without any.
 
     Args:
         result: what `follow` gave with the prompts "none" and "user"; see `followed_rules` for the rules one by one.
@@ -139,8 +165,8 @@ def followed_families(result: Result, *, seed: int = 0) -> list[str]:
         InputError: another kind of result, or prompts that were not asked.
     """
     table = _asked(result, {"none", "user"}, seed)
-    found = table.loc[(table["prompt"] == "user") & (table["above_low"] > 0), "family"].astype(str)
-    return list(dict.fromkeys(found))
+    found = set(table.loc[(table["prompt"] == "user") & (table["above_low"] > 0), "family"].astype(str))
+    return [*(name for name in family_names() if name in found), *sorted(found - set(family_names()))]
 
 
 def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:

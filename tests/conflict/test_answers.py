@@ -15,6 +15,7 @@ from interp.conflict import answers as answers_module
 from interp.conflict.answers import FOLLOW_COLUMNS, follow, generate_answers
 from interp.conflict.dialogues import encode_dialogue
 from interp.conflict.follow_summaries import (
+    change_interval,
     follow_summary,
     followed_families,
     followed_rules,
@@ -203,7 +204,9 @@ def test_changes_are_counted_pair_by_pair() -> None:
     # Changes by task: 1 and 1 in a, −1 and 1 in b.
     assert table.loc["case", ["low", "high"]].tolist() == [0.0, 1.0]
     assert table.loc["list", ["before", "after", "change", "n"]].tolist() == [0.5, 0.5, 0, 2]
+    assert table.loc["list", ["low", "high"]].isna().all()  # a single task
     whole = obedience_change(before, after, ()).iloc[0]
+    assert whole["n_tasks"] == 3
     assert whole[["before", "after", "change", "n"]].tolist() == pytest.approx([2 / 6, 4 / 6, 2 / 6, 6])
     rules = obedience_change(before, after, ("system_rule",)).set_index("system_rule")
     assert rules["change"].to_dict() == pytest.approx({"x": 0.0, "y": 2 / 3})
@@ -216,20 +219,44 @@ def test_changes_are_counted_pair_by_pair() -> None:
             obedience_change(fewer, other)
 
 
+@pytest.mark.parametrize(("change", "low", "high"), [(0.0, -1, 1), (1.0, -2, 0), (-1.0, 0, 2), (0.5, -1.5, 0.5)])
+def test_tasks_that_change_alike_do_not_make_it_certain(change: float, low: float, high: float) -> None:
+    tasks = pd.Series([f"t{at // 2}" for at in range(20)])
+    other = 1.959964**2 / (10 + 1.959964**2)  # of ten tasks
+    ends = change_interval(pd.Series([change] * 20), tasks)
+    assert ends == pytest.approx((change + low * other, change + high * other), abs=1e-6)
+
+
+def test_what_is_above_none_is_pair_by_pair_in_any_order() -> None:
+    rows = [
+        ("case", rule, task, prompt, prompt == "user" and task == "a", False)
+        for rule in "xyz"
+        for task in "ab"
+        for prompt in ("none", "user")
+    ]
+    made = frame(rows)
+    for seed in range(5):
+        mixed = Result(made.kind, made.frame.sample(frac=1, random_state=seed), made.columns, made.provenance)
+        row = follow_summary(mixed, ("family",)).set_index("prompt").loc["user"]
+        # One task with and one without: the tasks' means are the ends.
+        assert row[["above_none", "above_low", "above_high"]].tolist() == [0.5, 0.0, 1.0]
+
+
 def test_families_that_are_followed() -> None:
     tasks = [f"t{at}" for at in range(8)]
     rows = [
         (name, rule, task, prompt, obeys, False)
         for task in tasks
         for name, rule, asked, by_itself in (
-            ("case", "capitals", True, False),
-            ("case", "small", False, False),
+            ("sentences", "one-sentence", True, False),
+            ("case", "capitals", False, False),
+            ("case", "small", True, False),
             ("list", "paragraph", True, True),
             ("digits", "digits", task == "t0", False),
         )
         for prompt, obeys in (("none", by_itself), ("user", asked))
     ]
-    assert followed_families(frame(rows)) == ["case"]
+    assert followed_families(frame(rows)) == ["case", "sentences"]
     with pytest.raises(InputError, match="the prompts user were not asked"):
         followed_families(frame([row for row in rows if row[3] == "none"]))
 

@@ -87,6 +87,21 @@ def test_pooled_score_takes_the_pooled_direction_alone() -> None:
     )
 
 
+def test_pooled_scores_of_some_pairs_are_those_of_these_pairs_alone() -> None:
+    values, norms = noise(), np.random.default_rng(2).uniform(0.1, 1, size=(2, 12, 4, 5))
+    values[..., 1] = np.random.default_rng(1).uniform(0, 1, values.shape[:-1])
+    tasks = [f"task-{pair % 2}" for pair in range(12)]
+    table = stability(made_result(values, tasks, norms=norms), n_splits=1, score="score_pooled")
+    halves = [head_scores(made_result(values[at::2], norms=norms[:, at::2]), **FAST)["score_pooled"] for at in range(2)]
+    assert table["rank_correlation"].tolist() == pytest.approx([halves[0].corr(halves[1], method="spearman")])
+    top = [set(half.nlargest(2).index) for half in halves]
+    assert table["heads"].tolist() == pytest.approx([len(top[0] & top[1]) / len(top[0] | top[1])])
+    whole = made_result(values, norms=norms)
+    thirds = middle_layers(whole, score="score_pooled", n_resamples=20)
+    focal = head_scores(whole, **FAST).query("focal_published")["layer"]
+    assert thirds["n_focal_heads"].tolist() == np.bincount(focal * 3 // 4, minlength=3).tolist()
+
+
 def test_planted_heads_are_focal_and_what_rewording_moves_is_not() -> None:
     values = planted({(2, 1): 1.5, (2, 3): 1.0})
     # Drifts most of all, under either contrast.
@@ -331,7 +346,5 @@ def test_bad_input() -> None:
     for choose in (focal_layers, stability):
         with pytest.raises(InputError, match="half, sigma"):
             choose(result, rule="all")
-    with pytest.raises(InputError, match=r"expected one of excess, score$"):
-        stability(result, score="score_pooled")
     with pytest.raises(InputError, match="at least two tasks"):
         stability(made_result(noise(), ["one"] * 12))
