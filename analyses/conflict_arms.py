@@ -2,7 +2,7 @@
 
 1. Arms of equal size (`interp.conflict.layer_arms`): the focal layers with the released credit, with the abstract's credit
    and with none, all with two added terms; the published loss and plain DPO without them; layers by patching, random ones,
-   the first, the last, and all layers with a smaller rank.
+   the first, the last, and all layers with a smaller rank. Some of them again under another seed.
 2. Each is measured on held-out pairs (`follow`), on prose (loss of every text, share of positions with the same top token),
    and by its size. Nothing is chosen on these.
 3. Changes are paired: the same pair, or the same text, before and after; intervals are over tasks, or over texts.

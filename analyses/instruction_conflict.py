@@ -10,7 +10,7 @@ released in part), say of instruction conflicts. Prints the table claim · paper
 2. Localise: attention drift of every head beside two controls, a paraphrase and another demand, in our form and in the
    published one; how stable the choice is; then what patching and ablation say of the same layers and heads.
 3. Align (`--train`; hours on a laptop): adapters on the focal layers, beside random, first, last and all layers and plain
-   DPO, measured on held-out tasks. A report that is made without it shows what is there.
+   DPO, some under a second seed, measured on held-out tasks. A report that is made without it shows what is there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`interp conflict align`: train the focal layers, and measure held-out tasks before and after."""
+"""`interp conflict align`: train adapters on some layers, and measure held-out tasks before and after."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def conflict_align(
             "--select",
             help="drift: the focal layers, as in the paper; patch: a fifth of the layers, those whose attention output "
             "brings back the system's rule when it is patched; all: every layer, by smaller ranks as many parameters as a "
-            "fifth of them has. Default: drift.",
+            "fifth of them has. Default: all, which gains most on the embedded model; with --drift, drift.",
         ),
     ] = None,
     drift: Annotated[
         Path | None,
-        typer.Option("--drift", help="What `interp conflict localize --out` wrote; without it, it is measured here."),
+        typer.Option(
+            "--drift", help="What `interp conflict localize --out` wrote; else it is measured where it is needed."
+        ),
     ] = None,
     credit: Annotated[
         str, typer.Option("--credit", help="reward (as released), attention (as in the abstract), or none.")
@@ -122,7 +124,7 @@ def conflict_align(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the focal layers to obey the system's rule (SAIL); print compliance on held-out tasks before and after."""
+    """Train layers to obey the system's rule (SAIL); print how many answers to held-out tasks obey it before and after."""
     import pandas as pd
 
     from interp.conflict import (
@@ -150,6 +152,8 @@ def conflict_align(
     if drift is not None and (select in ("patch", "all") or layer) and credit != "attention":
         other = "--layer" if layer else f"--select {select}"
         raise InputError(f"--drift is not used with {other}; leave one of the two out")
+    if not (layer or select):
+        select = "all" if drift is None else "drift"
     if not run or run in _OWN or Path(run).name != run or run.startswith("."):
         raise InputError(f"--run {run!r}; expected a folder's name other than {', '.join(_OWN)}")
     settings: dict[str, Any] = {
@@ -190,7 +194,7 @@ def conflict_align(
             )
         print(f"families: {', '.join(family)}", file=sys.stderr)
         training, checking, held_out = chosen(family)
-    if measured is None and (credit == "attention" or not (layer or select in ("patch", "all"))):
+    if measured is None and (credit == "attention" or select == "drift"):
         where = make(_N_LOCALISE, "localisation", family, wording, setting, tasks, seed)
         measured = localize(loaded, where, template=read, out=out / "drift")
     if layer:

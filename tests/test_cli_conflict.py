@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from interp import load_result
 from interp.cli import app
-from interp.conflict import adapters, answers
+from interp.conflict import adapters, answers, focal_layers
 from interp.errors import InputError, InterpError
 
 
@@ -183,10 +183,10 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     changes = (changes["logdiff_patched"] - changes["logdiff_conflict"]).groupby(changes["layer"]).mean()
     assert f"layers: {changes.idxmax()}\n" in chosen.stderr
     assert not (tmp_path / "patched" / "drift").exists()
-    # All layers, with as many parameters as one of rank 8.
+    # All layers, by default, with as many parameters as one of rank 8.
     run(
         *("conflict", "align", "--pairs", 4, "--validation", 0, "--measure", 0, *SOME, "--model", folder),
-        *("--out", tmp_path / "patched", "--run", "every", "--select", "all", "--credit", "none", "--anchors", "none"),
+        *("--out", tmp_path / "patched", "--run", "every", "--credit", "none", "--anchors", "none"),
     )
     record = json.loads((tmp_path / "patched" / "every" / "run.json").read_text())
     assert (record["layers"], record["rank"], record["lora_alpha"]) == ([0, 1, 2], [3, 2, 3], 6.0)
@@ -247,8 +247,18 @@ def test_align_trains_the_families_that_are_followed(
     at = arguments.index("--layer")
     arguments[at : at + 2] = []
     arguments[arguments.index("--measure") + 1] = 0
-    assert "families: list\n" in run(*arguments, "--out", tmp_path / "drifts").stderr
+    assert "families: list\n" in run(*arguments, "--select", "drift", "--out", tmp_path / "drifts").stderr
     assert set(load_result(tmp_path / "drifts" / "drift").frame["family"]) == {"list"}
+
+    # So they are by a file that says where it drifts; another file is refused before anything is measured.
+    arguments += ["--family", "list"]
+    chosen = run(*arguments, "--drift", tmp_path / "drifts" / "drift", "--out", tmp_path / "told").stderr
+    assert not (tmp_path / "told" / "drift").exists()
+    assert f"layers: {', '.join(map(str, focal_layers(load_result(tmp_path / 'drifts' / 'drift'))))}\n" in chosen
+    with pytest.raises(InputError, match=r"conflict\.localize"):
+        run(*arguments, "--drift", tmp_path / "run" / "preferences", "--out", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    arguments[-2:] = []
 
     def prose(model: Any, encoded: Any, **_: Any) -> list[Any]:
         return [answer(model, model.tokenizer("user")["input_ids"]) for _ in encoded]

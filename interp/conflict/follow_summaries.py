@@ -178,7 +178,7 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
 
     Returns:
         family, rule, none, system, user, conflict (share of answers that obey the rule under each prompt, the rule being the
-        system's in "system" and "conflict"), followed (above_low of the prompt "user" is above 0: obeyed more often than
+        system's in "system" and "conflict"), conflict_low, conflict_high (interval over tasks of the last), followed (above_low of the prompt "user" is above 0: obeyed more often than
         without any rule), heard (the same for "system"), other_wins (share of answers under conflict that obey the opposite
         rule), undecided, loops (of the answers under conflict: see `follow_summary`), n.
 
@@ -194,6 +194,7 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
         by_prompt = group.set_index("prompt")
         shares = by_prompt["obeys_system"]
         row = {"family": name, "rule": rule} | {key: shares[key] for key in ("none", "system", "user", "conflict")}
+        row |= {f"conflict_{end}": by_prompt[end]["conflict"] for end in ("low", "high")}
         row |= {"followed": by_prompt["above_low"]["user"] > 0, "heard": by_prompt["above_low"]["system"] > 0}
         row |= {"other_wins": by_prompt["obeys_user"]["conflict"], "undecided": by_prompt["undecided"]["conflict"]}
         rows.append(row | {"loops": by_prompt["loops"]["conflict"], "n": by_prompt["n"]["conflict"]})

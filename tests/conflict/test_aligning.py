@@ -6,8 +6,12 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +249,33 @@ def test_resumed_after_an_interruption_gives_the_same_adapter(
         align(model, [*TRAIN[1:], *planted(1, "t")], [1], **options)
 
 
+def kill_in_the_middle(out: Path) -> None:
+    """For a process of its own: train as `whole` does, and be killed after six of eight steps."""
+    from transformers import TrainerCallback
+
+    class Kills(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    align(chat_tiny(), TRAIN, [1], out=out, validation=HELD, callbacks=[Kills()], **QUICK)
+
+
+def test_a_process_that_was_killed_goes_on(model: Any, whole: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, made = whole
+    places = [str(path) for path in (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2])]
+    script = f"import sys; sys.path[:0] = {places}; import test_aligning; test_aligning.kill_in_the_middle(sys.argv[1])"
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert not (tmp_path / "run" / "adapter").exists()
+    again = align(model, TRAIN, [1], out=tmp_path / "run", validation=HELD, **QUICK)
+    assert again.frame["step"].tolist() == made.frame["step"].tolist()
+    assert again.frame["loss"].tolist() == pytest.approx(made.frame["loss"].tolist(), abs=1e-5)
+    for name, value in weights(folder).items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, atol=1e-5, rtol=0)
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
@@ -316,6 +347,23 @@ def test_other_families_and_credits(name: str, tmp_path: Path) -> None:
         )
         assert (merged - model.hf(prompt).logits).abs().max() > 1e-3
     torch.testing.assert_close(merged, beside, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_in_bfloat16(whole: tuple[Path, Any], tmp_path: Path) -> None:
+    """The adapter and the loss are in float32; the base stays in half precision, and what is planted is learned."""
+    half = chat_tiny()
+    half = load_model(half.hf.to(torch.bfloat16), half.tokenizer)
+    before = snapshot(half)
+    made = align(half, TRAIN, [1], out=tmp_path / "run", validation=HELD, **QUICK)
+    assert same(before, snapshot(half))
+    assert {value.dtype for value in half.hf.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+    last, full = (one.frame[one.frame["split"] == "validation"].iloc[-1] for one in (made, whole[1]))
+    assert last["accuracy"] == full["accuracy"]
+    assert last["margin"] == pytest.approx(full["margin"], rel=0.15)
+    with adapted(half, tmp_path / "run" / "adapter"):
+        assert half.hf(torch.tensor([TRAIN[0].prompt])).logits.dtype == torch.bfloat16
+    assert same(before, snapshot(half))
 
 
 def test_a_rank_for_each_layer(model: Any, tmp_path: Path) -> None:

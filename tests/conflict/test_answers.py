@@ -172,6 +172,8 @@ def test_shares_by_hand() -> None:
     assert table["loops"].to_dict() == dict.fromkeys(("none", "system", "user", "conflict"), 0.2)
     rule = followed_rules(result).iloc[0]
     assert (bool(rule["followed"]), bool(rule["heard"]), rule["other_wins"]) == (True, False, 0.7)
+    # 0 of ten tasks: Wilson's interval.
+    assert (rule["conflict_low"], rule["conflict_high"]) == pytest.approx((0, 3.8415 / 13.8415), abs=1e-4)
     assert (rule["undecided"], rule["loops"]) == (0, 0.2)
 
 
