@@ -178,9 +178,10 @@ def followed_rules(result: Result, *, seed: int = 0) -> pd.DataFrame:
 
     Returns:
         family, rule, none, system, user, conflict (share of answers that obey the rule under each prompt, the rule being the
-        system's in "system" and "conflict"), conflict_low, conflict_high (interval over tasks of the last), followed (above_low of the prompt "user" is above 0: obeyed more often than
-        without any rule), heard (the same for "system"), other_wins (share of answers under conflict that obey the opposite
-        rule), undecided, loops (of the answers under conflict: see `follow_summary`), n.
+        system's in "system" and "conflict"), conflict_low, conflict_high (interval of the last over tasks), followed (above_low
+        of the prompt "user" is above 0: obeyed more often than without any rule), heard (the same for "system"), other_wins
+        (share of answers under conflict that obey the opposite rule), undecided, loops (of the answers under conflict: see
+        `follow_summary`), n.
 
     A rule that is obeyed without being asked for ("paragraph") has no room above that and never counts as followed; a family is
     followed where one of its rules is. The intervals are each rule's own: of sixteen that do nothing, .4 would count by chance.
