@@ -260,12 +260,14 @@ def table(
             under = some[some["prompt"] == "conflict"]
             if under.empty:
                 continue
-            ends = share_interval(under["obeys_system"].astype(float), under["task"])
+            low, high = share_interval(under["obeys_system"].astype(float), under["task"])
             row = {"arm": name, "layers": spans(facts["layers"]) if facts else "–"}
             row |= {"share": facts.get("trainable_share", 0.0), "families": group}
-            row |= {"conflict": under["obeys_system"].mean(), "conflict_low": ends[0], "conflict_high": ends[1]}
+            row |= {"conflict": under["obeys_system"].mean(), "conflict_low": low, "conflict_high": high}
             for prompt, prefix in (("conflict", ""), ("agree", "agree_"), ("system", "system_")):
-                mean, low, high = change(answers, base[0], families, prompt)
+                # The untrained model's row is beside itself.
+                same = (0.0, 0.0, 0.0)
+                mean, low, high = same if answers is base[0] else change(answers, base[0], families, prompt)
                 row |= {f"{prefix}change": mean, f"{prefix}low": low, f"{prefix}high": high}
             row |= {"user_wins": under["obeys_user"].mean(), "undecided": 1 - under["decided"].mean()}
             row |= {"loops": under["loops"].mean()}

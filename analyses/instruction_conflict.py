@@ -147,8 +147,8 @@ def run(
         "compares keys by their "
         "number instead. Patching puts a layer's attention output of the consistent prompt into the conflicting one.\n\n"
         + (
-            "Adapters were trained on the layers named. What is claimed of one arm is of its seed 0, and intervals are over tasks "
-            "for these very adapters: another seed gives another one, see the arms that have two."
+            "Adapters were trained on the layers named. What is claimed of one arm is of its seed 0, and intervals are over "
+            "tasks for these very adapters: another seed gives another one, see the arms that have two."
             if trained
             else "No adapter has been trained here yet: see --train."
         )

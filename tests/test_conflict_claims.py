@@ -239,6 +239,7 @@ def test_the_table_has_a_row_per_arm_and_group() -> None:
         {"focal": (after, prose(2.1, 0.9))}, (base, prose(2.0)), {"followed": ["list"], "none": ["json"]}, about
     )
     assert table["arm"].tolist() == ["untrained", "focal"]
+    assert table.loc[0, ["change", "low", "high"]].tolist() == [0.0, 0.0, 0.0]
     row = table.iloc[1]
     assert (row["layers"], row["share"], row["conflict"], row["change"]) == ("3–4, 7", 0.01, 1.0, 0.5)
     assert row["same_top"] == pytest.approx(0.9)
