@@ -48,7 +48,7 @@ def conflict_align(
             "--select",
             help="drift: the focal layers, as in the paper; patch: a fifth of the layers, those whose attention output "
             "brings back the system's rule when it is patched; all: every layer, by smaller ranks as many parameters as a "
-            "fifth of them has. Default: all, which gains most on the embedded model; with --drift, drift.",
+            "fifth of them has. Default: all, which gains more than drift on the embedded model; with --drift, drift.",
         ),
     ] = None,
     drift: Annotated[
