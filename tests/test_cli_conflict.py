@@ -126,7 +126,7 @@ def test_align_trains_and_measures(folder: Path, tmp_path: Path, monkeypatch: py
     assert {(row["family"], row["prompt"], row["change"], row["n"]) for row in rows} == {
         (name, prompt, 0.0, 4) for name in ("list", "all") for prompt in ("agree", "conflict")
     }
-    assert {row["prompt"]: (row["before"], row["after"]) for row in rows}["conflict"] == (0.0, 0.0)
+    assert {(row["before"], row["after"]) for row in rows if row["prompt"] == "conflict"} == {(0.0, 0.0)}
     assert (tmp_path / "run" / "run" / "adapter" / "adapter_model.safetensors").exists()
     followed = run(
         *(

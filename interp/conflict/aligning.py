@@ -56,8 +56,8 @@ from interp.results import Result
 
 KIND = "conflict.align"
 PRESETS = {
-    # SmolLM2-135M, six layers, float32, two threads of a server's CPU: 1.4 s per pair and epoch with anchors. All of
-    # `interp conflict align`, from the families that are followed to held-out answers, took 23 minutes for 288 pairs.
+    # SmolLM2-135M, all layers, float32, two threads of a server's CPU: 1.4 s per pair and epoch with anchors. All of
+    # `interp conflict align`, from the families that are followed to held-out answers, took 23 minutes for 288 pairs of prompts.
     "laptop": AlignSettings(),
     "gpu": AlignSettings(
         learning_rate=2e-4, epochs=3.0, batch_size=16, gradient_accumulation=1, evaluations=12, patience=3

@@ -79,20 +79,28 @@ def pooled_direction(
     directions: Float[np.ndarray, "pair ..."],
     norms: Float[np.ndarray, "pair ..."],
     others: Float[np.ndarray, "pair ..."],
+    weights: Float[np.ndarray, "... pair"] | None = None,
 ) -> Float[np.ndarray, " ..."]:
     """The published direction: 1 − cosine of all pairs' rows strung together.
 
     Args:
         directions: each pair's 1 − cosine.
         norms, others: Euclidean norms of its two rows.
+        weights: how often each pair counts, (pair,) or one row for each of several sets of pairs; once each by default.
+
+    Returns:
+        (…), or (set, …) for several sets.
 
     Example:
         >>> round(float(pooled_direction(np.array([0.0, 1.0]), np.array([3.0, 3.0]), np.array([3.0, 3.0]))), 6)
         0.5
     """
     directions, norms, others = (np.asarray(values, np.float64) for values in (directions, norms, others))
-    product = ((1 - directions) * norms * others).sum(0)
-    return direction(product, np.sqrt((norms**2).sum(0)), np.sqrt((others**2).sum(0)))
+    weights = np.ones(len(norms)) if weights is None else weights
+    product, *squares = (
+        np.tensordot(weights, values, 1) for values in ((1 - directions) * norms * others, norms**2, others**2)
+    )
+    return direction(product, *np.sqrt(squares))
 
 
 def ranges(

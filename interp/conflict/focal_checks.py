@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.conflict.drift import MEASURES, combine, direction, ranges
+from interp.conflict.drift import MEASURES, combine, pooled_direction, ranges
 from interp.conflict.focal import Drifts, check_choice, check_rule, choose_layers, drifts, top_heads
 from interp.errors import InputError
 from interp.results import Result
@@ -159,21 +159,12 @@ def _scores(found: Drifts, weights: np.ndarray, score: str) -> Iterator[np.ndarr
     """(layer, head) scores of weighted pairs, each set of weights on the scale of its own conflict contrast."""
     flat = found.values.reshape(len(found.values), -1)
     step = max(1, _BLOCK // flat.shape[1])
-    at, (first, second) = MEASURES.index("dir"), found.norms
-    # What the pooled direction is made of: products of the two prompts' rows, and their squares.
-    shape = first.shape[1:]
-    products = (1 - found.values[:, 0, ..., at]) * first * second
-    pooled = [values.reshape(len(values), -1) for values in (products, first**2, second**2)]
+    at = MEASURES.index("dir")
     for start in range(0, len(weights), step):
         some = weights[start : start + step]
         means = (some @ flat).reshape(-1, *found.values.shape[1:])
         if score == "score_pooled":
-            means[:, 0, ..., at] = direction(
-                *(
-                    (some @ values).reshape(-1, *shape) ** power
-                    for values, power in zip(pooled, (1, 0.5, 0.5), strict=True)
-                )
-            )
+            means[:, 0, ..., at] = pooled_direction(found.values[:, 0, ..., at], found.norms[0], found.norms[1], some)
         low, width = ranges(means[:, 0])
         scored = combine(means, low[:, None], width[:, None])  # (set, contrast, layer, head)
         yield from scored[:, 0] - scored[:, 1] if score == "excess" else scored[:, 0]
